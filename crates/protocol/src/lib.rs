@@ -1,0 +1,40 @@
+//! The contract between the host's sandbox process and the guest's `kata-agent`.
+//!
+//! Control is ttrpc on [`CONTROL_PORT`]; the messages are generated from `proto/agent.proto` and used as they
+//! are on both sides. Process stdio and other bulk are raw vsock streams to [`STREAM_PORT`], each opened with a
+//! [`Token`]. The guest speaks first: as soon as its vsock device is there it opens a stream to the host's
+//! [`READY_PORT`] and closes it.
+
+#![deny(unsafe_code)]
+#![expect(clippy::allow_attributes, reason = "the generated code earns some lints and not others")]
+
+pub mod paths;
+
+/// The messages of `agent.proto`.
+#[allow(warnings, clippy::all, clippy::pedantic, clippy::restriction, reason = "generated")]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+}
+
+/// The client and server of `agent.proto`.
+#[allow(warnings, clippy::all, clippy::pedantic, clippy::restriction, reason = "generated")]
+pub mod agent_ttrpc {
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}
+
+pub use oci_spec::runtime as oci;
+
+/// This side's version of the protocol; see the version rule in `agent.proto`.
+pub const VERSION: u32 = 1;
+
+/// The guest's port of the ttrpc service.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// The guest's port of raw streams: stdio, terminals.
+pub const STREAM_PORT: u32 = 1025;
+
+/// The host's port that the agent connects to once, to say that it is listening.
+pub const READY_PORT: u32 = 1026;
+
+/// What a raw stream starts with: who opens it proves by these bytes that the agent told it of the stream.
+pub type Token = [u8; 16];

@@ -1,0 +1,16 @@
+//! Paths in the guest that both sides must agree on.
+
+/// Where the agent keeps everything that it makes at run time.
+pub const RUN: &str = "/run/kata";
+
+/// The mount point of the virtio-fs share.
+pub const SHARE: &str = "/run/kata/share";
+
+/// The tag of the virtio-fs share.
+pub const SHARE_TAG: &str = "kata";
+
+/// Below this the agent keeps one directory for each container.
+pub const CONTAINERS: &str = "/run/kata/containers";
+
+/// The parent of the containers' cgroups, relative to the cgroup root.
+pub const CGROUP: &str = "/kata";
