@@ -93,6 +93,7 @@ pub struct Command {
     command: process::Command,
     passed: Vec<OwnedFd>,
     new_session: bool,
+    controlling_terminal: bool,
     die_with_parent: bool,
 }
 
@@ -101,7 +102,13 @@ impl Command {
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         let mut command = process::Command::new(program);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Self { command, passed: Vec::new(), new_session: false, die_with_parent: false }
+        Self {
+            command,
+            passed: Vec::new(),
+            new_session: false,
+            controlling_terminal: false,
+            die_with_parent: false,
+        }
     }
 
     /// Sets `argv[0]`.
@@ -151,6 +158,12 @@ impl Command {
         self
     }
 
+    /// Makes the child the leader of a session of its own whose terminal is the child's standard input.
+    pub fn controlling_terminal(&mut self) -> &mut Self {
+        self.controlling_terminal = true;
+        self.new_session()
+    }
+
     /// Has the kernel kill the child when the calling *thread* ends, see `PR_SET_PDEATHSIG`(2const). Only a thread
     /// that lives as long as its process may start such children.
     pub fn die_with_parent(&mut self) -> &mut Self {
@@ -166,10 +179,16 @@ impl Command {
     pub fn spawn(mut self) -> io::Result<Child> {
         let passed: Vec<RawFd> = self.passed.iter().map(AsRawFd::as_raw_fd).collect();
         let (new_session, die_with_parent) = (self.new_session, self.die_with_parent);
+        let controlling_terminal = self.controlling_terminal;
         let parent = rustix::process::getpid();
         let prepare = move || {
             if new_session {
                 rustix::process::setsid()?;
+            }
+            if controlling_terminal {
+                // SAFETY: the standard library has put the child's stdin there before it calls this.
+                let stdin = unsafe { BorrowedFd::borrow_raw(0) };
+                rustix::process::ioctl_tiocsctty(stdin)?;
             }
             if die_with_parent {
                 rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
