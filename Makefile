@@ -1,0 +1,88 @@
+# Everything a person does with this tree. `make help` lists it.
+#
+# Variables: PREFIX (/usr/local), DESTDIR (empty), SUITES and FILTER for `make suites`.
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+BUILD   := $(CURDIR)/build
+TARGET  := x86_64-unknown-linux-gnu
+HOST    := target/release/kata
+AGENT   := target/$(TARGET)/agent/kata-agent
+IMAGE   := $(BUILD)/share/kata-containers
+# The development tree's own runtime: the built binary with the built image, nothing installed.
+RUNTIME := $(BUILD)/bin/kata-runtime
+SHARE   := $(DESTDIR)/usr/share/kata-containers
+SUITES  ?= oci docker crash
+FILTER  ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo build image test suites validate bench install uninstall clean FORCE
+
+help: ## Say what there is
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: ## Install what is needed, build everything, and run a command in a virtual machine
+	@scripts/setup.sh build guest
+	@$(MAKE) --no-print-directory build image
+	@scripts/demo.sh $(RUNTIME)
+
+test: ## Install what the tests need and run all of them
+	@scripts/setup.sh build guest test
+	@scripts/test.sh
+
+build: $(HOST) $(AGENT) $(RUNTIME) ## Build the host's and the guest's programs
+
+$(HOST): FORCE
+	@scripts/say.sh "building the host program kata"
+	@cargo build --locked --release -p kata --bin kata
+
+$(AGENT): FORCE
+	@scripts/say.sh "building the guest program kata-agent"
+	@RUSTFLAGS="-C target-feature=+crt-static" \
+	 LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu \
+	 cargo build --locked -p agent --profile agent --target $(TARGET)
+
+$(RUNTIME): Makefile
+	@mkdir -p $(BUILD)/bin
+	@printf '#!/bin/sh\nexec %s --config %s "$$@"\n' $(BUILD)/bin/kata/kata-runtime $(BUILD)/config.toml >$@.new
+	@mkdir -p $(BUILD)/bin/kata && ln -sfn $(CURDIR)/$(HOST) $(BUILD)/bin/kata/kata-runtime
+	@printf 'kernel = "%s/vmlinuz"\ninitrd = "%s/initrd"\n' $(IMAGE) $(IMAGE) >$(BUILD)/config.toml
+	@chmod 0755 $@.new && mv $@.new $@
+
+image: $(IMAGE)/manifest.json ## Make the guest image
+
+$(IMAGE)/manifest.json: $(HOST) $(AGENT) | $(RUNTIME)
+	@scripts/say.sh "making the guest image"
+	@$(RUNTIME) image build --agent $(AGENT) --output $(IMAGE)
+
+suites: ## Run the black-box suites alone: make suites SUITES=oci FILTER=exec
+	@cargo run --locked -q -p suites -- --runtime runc --runtime kata-runtime=$(RUNTIME) \
+	  $(if $(FILTER),--filter "$(FILTER)") $(SUITES)
+
+validate: ## Run the OCI validation suite against runc and kata-runtime
+	@scripts/setup.sh build guest test
+	@$(MAKE) --no-print-directory build image
+	@cargo run --locked -q -p suites -- --runtime runc --runtime kata-runtime=$(RUNTIME) validation
+
+bench: ## Measure kata-runtime beside runc
+	@scripts/setup.sh build guest test bench
+	@$(MAKE) --no-print-directory build image
+	@cargo run --locked -q -p suites -- --runtime runc --runtime kata-runtime=$(RUNTIME) bench
+
+install: ## Put programs and image in place (PREFIX, DESTDIR) and say how to register the runtime
+	@$(MAKE) --no-print-directory build image
+	@install -D -m 0755 $(HOST) $(DESTDIR)$(PREFIX)/bin/kata
+	@ln -sfn kata $(DESTDIR)$(PREFIX)/bin/kata-runtime
+	@ln -sfn kata $(DESTDIR)$(PREFIX)/bin/containerd-shim-kata-v2
+	@install -d -m 0755 $(SHARE)
+	@cp $(IMAGE)/* $(SHARE)/
+	@scripts/registration.sh $(PREFIX)/bin/kata-runtime
+
+uninstall: ## Remove what `make install` put in place
+	rm -f $(DESTDIR)$(PREFIX)/bin/kata $(DESTDIR)$(PREFIX)/bin/kata-runtime
+	rm -f $(DESTDIR)$(PREFIX)/bin/containerd-shim-kata-v2
+	rm -rf $(SHARE)
+
+clean: ## Remove what was built
+	rm -rf $(BUILD)
+	cargo clean
