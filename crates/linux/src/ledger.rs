@@ -42,6 +42,8 @@ pub enum Undo {
     DeleteLink {
         /// The network namespace it is in, as a path that can be opened.
         netns: PathBuf,
+        /// That namespace's inode, namespaces(7): another one that has the path by then is left alone.
+        inode: u64,
         /// Its name there.
         name: String,
     },
@@ -49,6 +51,8 @@ pub enum Undo {
     DeleteIngress {
         /// The network namespace it is in, as a path that can be opened.
         netns: PathBuf,
+        /// That namespace's inode, namespaces(7): another one that has the path by then is left alone.
+        inode: u64,
         /// The link's name there.
         name: String,
     },

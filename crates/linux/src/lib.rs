@@ -7,11 +7,13 @@ pub mod cgroup;
 pub mod file;
 mod host;
 pub mod ledger;
+pub mod link;
 pub mod mount;
 pub mod namespace;
+pub mod netlink;
 pub mod process;
 pub mod pty;
 pub mod signal;
 pub mod tap;
 
-pub use host::ThisHost;
+pub use host::{ThisHost, remove_tree};

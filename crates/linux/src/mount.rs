@@ -234,10 +234,10 @@ pub fn share(directory: &Path) -> io::Result<()> {
 ///
 /// What mount(2) says.
 pub fn tmpfs(target: &Path, mode: u32, size: Option<u64>) -> io::Result<()> {
-    let mut data = format!("mode={mode:o}");
-    if let Some(size) = size {
-        data.push_str(&format!(",size={size}"));
-    }
+    let data = match size {
+        Some(size) => format!("mode={mode:o},size={size}"),
+        None => format!("mode={mode:o}"),
+    };
     let data = CString::new(data)?;
     Ok(mount("tmpfs", target, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, data.as_c_str())?)
 }
@@ -399,4 +399,32 @@ fn unescape(field: &[u8]) -> Vec<u8> {
         rest = if octal.is_some() { &tail[3..] } else { tail };
     }
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MountInfo, parse};
+
+    #[test]
+    fn a_mountinfo_line_is_parsed_with_its_escapes_and_any_number_of_tags() {
+        let text = b"36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 shared:7 - ext3 /dev/root rw,errors=continue\n\
+                     bad line\n\
+                     40 36 0:5 / /plain ro - tmpfs none rw\n";
+        let mounts = parse(text);
+        assert_eq!(
+            mounts[0],
+            MountInfo {
+                id: 36,
+                parent: 35,
+                root: "/mnt1".into(),
+                target: "/mnt 2".into(),
+                options: "rw,noatime".into(),
+                tags: vec!["master:1".into(), "shared:7".into()],
+                fstype: "ext3".into(),
+                source: "/dev/root".into(),
+                super_options: "rw,errors=continue".into(),
+            }
+        );
+        assert_eq!((mounts.len(), mounts[1].tags.len()), (2, 0));
+    }
 }

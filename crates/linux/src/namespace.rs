@@ -83,6 +83,21 @@ impl Network {
     pub fn enter(&self) -> io::Result<()> {
         Ok(move_into_link_name_space(self.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
+
+    /// Runs `action` in it, on a thread of its own, and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be entered, and what `action` says.
+    pub fn inside<T: Send, E: From<io::Error> + Send>(
+        &self,
+        action: impl FnOnce() -> Result<T, E> + Send,
+    ) -> Result<T, E> {
+        on_own_thread(|| {
+            self.enter()?;
+            action()
+        })
+    }
 }
 
 impl AsFd for Network {
@@ -164,11 +179,7 @@ pub fn inside<T: Send, E: From<io::Error> + Send>(
     path: &Path,
     action: impl FnOnce() -> Result<T, E> + Send,
 ) -> Result<T, E> {
-    let namespace = Network::open(path)?;
-    on_own_thread(|| {
-        namespace.enter()?;
-        action()
-    })
+    Network::open(path)?.inside(action)
 }
 
 fn on_own_thread<T: Send, E: From<io::Error> + Send>(
@@ -189,7 +200,7 @@ mod tests {
     #[test]
     fn a_new_network_namespace_has_only_a_loopback_and_the_caller_stays_outside() {
         if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIPPED: needs root");
+            println!("SKIPPED: needs root");
             return;
         }
         let dir = tempfile::tempdir().unwrap();

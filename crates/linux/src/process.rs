@@ -6,7 +6,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
@@ -266,6 +266,23 @@ impl Child {
     pub fn wait(&mut self) -> io::Result<ExitStatus> {
         self.child.wait()
     }
+}
+
+/// Takes over the fd that this process was started with under `number`, as its arguments say. It becomes close-on-exec.
+///
+/// # Errors
+///
+/// When no fd of that number is open.
+pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    if number < 3 {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a standard stream"));
+    }
+    // SAFETY: fcntl on a number; one that is not open is an error.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and it came with exec: no Rust value of this process owns it yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Takes the status of any child that has ended, without waiting: a subreaper's duty to its adopted orphans.

@@ -3,12 +3,29 @@
 //! A [`Cgroup`] is one path in every hierarchy that is mounted. What to limit is the caller's policy and comes as plain
 //! numbers in [`Limits`]; what a host cannot do is an error only when it was asked for.
 
+mod freezer;
+mod hierarchy;
+mod limits;
+mod removal;
+mod systemd;
+mod usage;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, Undo};
+use hierarchy::Hierarchy;
+
+pub use limits::{Limits, Throttle, Throttled};
+pub use removal::remove_directory;
+pub use usage::Usage;
 
 /// Who makes the cgroups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,82 +54,6 @@ pub struct Directory {
     pub unified: bool,
     /// The directory.
     pub path: PathBuf,
-}
-
-/// Limits on the host processes of a sandbox. What is `None` or empty is left as it is.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Limits {
-    /// The most memory, in bytes, everything of the sandbox counted. -1: no limit.
-    pub memory: Option<i64>,
-    /// The most memory and swap together, in bytes, as in the OCI spec. -1: no limit.
-    pub memory_swap: Option<i64>,
-    /// Below this many bytes memory is reclaimed last. -1: no such mark.
-    pub memory_reservation: Option<i64>,
-    /// A relative share of CPU time, 2 to 262144, in v1's terms.
-    pub cpu_shares: Option<u64>,
-    /// CPU time in microseconds in every period. -1: no limit.
-    pub cpu_quota: Option<i64>,
-    /// The length of a period in microseconds.
-    pub cpu_period: Option<u64>,
-    /// CPUs to run on, a list as in cpuset(7): `0-2,7`.
-    pub cpuset_cpus: Option<String>,
-    /// Memory nodes to use, a list as in cpuset(7).
-    pub cpuset_mems: Option<String>,
-    /// A relative share of disk time, 10 to 1000, in v1's terms.
-    pub blkio_weight: Option<u16>,
-    /// Limits of single disks.
-    pub blkio_throttles: Vec<Throttle>,
-}
-
-/// A limit of one disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Throttle {
-    /// The disk's major and minor device numbers.
-    pub device: (i64, i64),
-    /// What is limited.
-    pub what: Throttled,
-    /// How many of it a second.
-    pub rate: u64,
-}
-
-/// What a [`Throttle`] limits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Throttled {
-    /// Bytes read.
-    ReadBytes,
-    /// Bytes written.
-    WriteBytes,
-    /// Reads.
-    Reads,
-    /// Writes.
-    Writes,
-}
-
-/// What a cgroup has used.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
-pub struct Usage {
-    /// CPU time, in nanoseconds.
-    pub cpu_ns: u64,
-    /// Of it, in user mode.
-    pub cpu_user_ns: u64,
-    /// Of it, in the kernel.
-    pub cpu_system_ns: u64,
-    /// CPU time of each CPU, in nanoseconds; v1 only.
-    pub cpu_each_ns: Vec<u64>,
-    /// Periods of the CPU quota that have passed, those in which it was used up, and nanoseconds spent waiting.
-    pub cpu_throttling: (u64, u64, u64),
-    /// Memory in use now, in bytes.
-    pub memory: u64,
-    /// The most memory ever in use, where the kernel tells.
-    pub memory_peak: u64,
-    /// The memory limit, in bytes; `None`: none.
-    pub memory_limit: Option<u64>,
-    /// Lines of `memory.stat`.
-    pub memory_stat: Vec<(String, u64)>,
-    /// Processes killed for want of memory.
-    pub oom_kills: u64,
-    /// Processes and threads.
-    pub pids: u64,
 }
 
 /// A failure with a cgroup.
@@ -169,18 +110,63 @@ pub enum Error {
     },
 }
 
+impl Error {
+    fn host(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Host { action, path: path.to_owned(), source }
+    }
+}
+
 impl Cgroup {
-    /// Makes the cgroup that the OCI spec's `linux.cgroupsPath` names, in every hierarchy. Directories that are made here
-    /// go into `ledger` before; those that were there already are not ours to remove.
+    /// Makes the cgroup that the OCI spec's `linux.cgroupsPath` names, in every hierarchy that is mounted, and puts the
+    /// process `first` in it. What goes with the sandbox is in `ledger` before it is made.
     ///
-    /// A path that is not absolute is taken below the root, as runc does. `id` names the unit that systemd makes.
+    /// A path that is not absolute is taken below the root, as runc does. Missing parents are made and stay, as runc's
+    /// do: siblings share them. A cgroup that is there already and has processes is joined, and is not ours to remove.
     ///
     /// # Errors
     ///
     /// [`Error::BadPath`], [`Error::NoHierarchy`], [`Error::Systemd`] or [`Error::Host`].
-    pub fn create(path: &str, driver: Driver, ledger: &mut Ledger) -> Result<Self, Error> {
-        let _ = (path, driver, ledger);
-        Err(Error::NoHierarchy { root: PathBuf::from(ROOT) })
+    pub fn create(
+        path: &str,
+        driver: Driver,
+        first: u32,
+        ledger: &mut Ledger,
+    ) -> Result<Self, Error> {
+        Self::create_in(&hierarchy::mounted()?, path, driver, first, ledger)
+    }
+
+    fn create_in(
+        hierarchies: &[Hierarchy],
+        path: &str,
+        driver: Driver,
+        first: u32,
+        ledger: &mut Ledger,
+    ) -> Result<Self, Error> {
+        let (relative, unit) = match driver {
+            Driver::Cgroupfs => (hierarchy::relative(path)?, None),
+            Driver::Systemd => {
+                let unit = systemd::Unit::parse(path)?;
+                (unit.relative(), Some(unit))
+            }
+        };
+        let directories: Vec<_> =
+            hierarchies.iter().map(|hierarchy| hierarchy.directory(&relative)).collect();
+        for directory in &directories {
+            if !relative.as_os_str().is_empty() && !removal::is_populated(&directory.path) {
+                ledger
+                    .record(Undo::RemoveCgroup { path: directory.path.clone() })
+                    .map_err(Error::host("record cgroup", &directory.path))?;
+            }
+        }
+        if let Some(unit) = &unit {
+            unit.start(first)?;
+        }
+        for (hierarchy, directory) in hierarchies.iter().zip(&directories) {
+            hierarchy.make(directory)?;
+        }
+        let cgroup = Self { directories, unit: unit.map(|unit| unit.name) };
+        cgroup.add(first)?;
+        Ok(cgroup)
     }
 
     /// The cgroup that a process is in now.
@@ -189,8 +175,13 @@ impl Cgroup {
     ///
     /// When there is no such process.
     pub fn of_process(pid: u32) -> Result<Self, Error> {
-        let _ = pid;
-        Err(Error::NoHierarchy { root: PathBuf::from(ROOT) })
+        let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
+        let text = fs::read_to_string(&path).map_err(Error::host("read", &path))?;
+        let directories = hierarchy::mounted()?
+            .iter()
+            .filter_map(|hierarchy| hierarchy.directory_of(&text))
+            .collect();
+        Ok(Self { directories, unit: None })
     }
 
     /// Its directory in every hierarchy.
@@ -205,7 +196,11 @@ impl Cgroup {
     ///
     /// [`Error::Host`].
     pub fn add(&self, pid: u32) -> Result<(), Error> {
-        let _ = pid;
+        for directory in &self.directories {
+            let path = directory.path.join("cgroup.procs");
+            fs::write(&path, pid.to_string())
+                .map_err(Error::host("put a process in cgroup", &directory.path))?;
+        }
         Ok(())
     }
 
@@ -215,8 +210,7 @@ impl Cgroup {
     ///
     /// [`Error::Unsupported`] for what was asked and cannot be; [`Error::Set`].
     pub fn apply(&self, limits: &Limits) -> Result<(), Error> {
-        let _ = limits;
-        Ok(())
+        limits::apply(self, limits)
     }
 
     /// Stops all its processes and waits until they have stopped.
@@ -225,7 +219,7 @@ impl Cgroup {
     ///
     /// [`Error::Unsupported`] where there is no freezer; [`Error::Host`] when they did not stop in time.
     pub fn freeze(&self) -> Result<(), Error> {
-        Ok(())
+        freezer::set(self, true)
     }
 
     /// Lets its processes run again.
@@ -234,22 +228,27 @@ impl Cgroup {
     ///
     /// As [`Cgroup::freeze`].
     pub fn thaw(&self) -> Result<(), Error> {
-        Ok(())
+        freezer::set(self, false)
     }
 
     /// What it has used. What no hierarchy tells is 0.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        Usage::default()
+        usage::read(self)
     }
 
-    /// The processes in it and below it.
+    /// The processes in it and below it, by pid.
     ///
     /// # Errors
     ///
     /// [`Error::Host`].
     pub fn pids(&self) -> Result<Vec<u32>, Error> {
-        Ok(Vec::new())
+        let mut pids = BTreeSet::new();
+        for directory in &self.directories {
+            let found = removal::pids_below(&directory.path);
+            pids.extend(found.map_err(Error::host("list processes of cgroup", &directory.path))?);
+        }
+        Ok(pids.into_iter().collect())
     }
 
     /// Kills what is in it and removes it.
@@ -258,19 +257,29 @@ impl Cgroup {
     ///
     /// [`Error::Host`] when it would not go in time.
     pub fn remove(&self) -> Result<(), Error> {
+        // Newest first, as the ledger would: the freezer must let go before the rest can be killed.
+        for directory in self.directories.iter().rev() {
+            remove_directory(&directory.path)
+                .map_err(Error::host("remove cgroup", &directory.path))?;
+        }
         Ok(())
     }
-}
 
-/// Where distributions mount cgroups, cgroups(7).
-const ROOT: &str = "/sys/fs/cgroup";
+    /// The directory that has `controller`, v1 or v2, and whether it is v2.
+    fn controller(&self, controller: &str) -> Option<&Directory> {
+        let v1 = self
+            .directories
+            .iter()
+            .find(|directory| directory.controllers.iter().any(|known| known == controller));
+        v1.or_else(|| {
+            self.unified().filter(|directory| {
+                fs::read_to_string(directory.path.join("cgroup.controllers"))
+                    .is_ok_and(|known| known.split_whitespace().any(|known| known == controller))
+            })
+        })
+    }
 
-/// Kills what is in the cgroup directory at `path`, and below it, and removes it. One that is not there is a success.
-///
-/// # Errors
-///
-/// When processes did not end, or the directory was still busy, after some seconds.
-pub fn remove_directory(path: &Path) -> io::Result<()> {
-    let _ = path;
-    Ok(())
+    fn unified(&self) -> Option<&Directory> {
+        self.directories.iter().find(|directory| directory.unified)
+    }
 }
