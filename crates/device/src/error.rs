@@ -1,6 +1,7 @@
 //! What can go wrong in a device process.
 
 use std::io;
+use std::path::PathBuf;
 
 /// A failure of a device process.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +24,20 @@ pub enum Error {
         action: &'static str,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// The shared directory is not there or cannot be mounted.
+    #[error("cannot share {}", path.display())]
+    Share {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// System calls cannot be limited.
+    #[error("cannot limit the system calls of the device process")]
+    Seccomp {
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A device cannot go on.
     #[error("the {device} device stopped")]

@@ -7,14 +7,29 @@
 //! The caller binds the sockets, starts the process with a [`Config`] as its last argument and may connect at once:
 //! there is no ready signal because the sockets' backlogs are one.
 
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::sync::mpsc;
+use std::thread;
 
 use serde::{Deserialize, Serialize};
 
+mod descriptors;
 mod error;
+mod frontend;
+mod fs;
+mod jail;
+mod log_line;
+mod seccomp;
+mod vsock;
 
+use descriptors::Descriptors;
 pub use error::Error;
+
+/// Threads that serve files beside the one that reads requests; 0: that one does.
+const FS_THREADS: usize = 0;
 
 /// What a device process serves. Passed as JSON in its last argument; file descriptors are inherited, by number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +76,24 @@ pub struct Fs {
 /// When a file descriptor is not what `config` says, the jail cannot be built, or a device failed; what the guest did
 /// wrong to cause it is in the error. Nothing is served any more then.
 pub fn serve(config: Config) -> Result<(), Error> {
-    drop(config);
-    Ok(())
+    let descriptors = Descriptors::inherit(&config)?;
+    log_line::start();
+    let opened = jail::enter(config.fs.as_ref().map(|fs| fs.directory.as_path()))?;
+    seccomp::limit(config.fs.is_some())?;
+    let (report, end) = mpsc::channel();
+    if let Some(listener) = descriptors.fs_listener {
+        fs::start(listener.into(), opened, FS_THREADS, report.clone())?;
+    }
+    let (listener, streams) = (descriptors.vsock_listener, descriptors.streams_listener);
+    let host_streams = descriptors.host_streams;
+    vsock::start(listener.into(), streams.into(), host_streams, config.guest_cid, report.clone())?;
+    let lifeline = File::from(descriptors.lifeline);
+    let watch = thread::Builder::new().name("lifeline".into()).spawn(move || {
+        // Whatever it says, its end is what counts.
+        let mut bytes = [0; 64];
+        while (&lifeline).read(&mut bytes).is_ok_and(|count| count > 0) {}
+        drop(report.send(Ok(())));
+    });
+    watch.map_err(|source| Error::Jail { action: "start a thread", source })?;
+    end.recv().unwrap_or(Ok(()))
 }
