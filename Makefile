@@ -1,6 +1,6 @@
 # Everything a person does with this tree. `make help` lists it.
 #
-# Variables: PREFIX (/usr/local), DESTDIR (empty), SUITES and FILTER for `make suites`.
+# Variables: PREFIX (/usr/local), DESTDIR (empty), RUNTIMES, SUITES and FILTER for `make suites`.
 
 PREFIX  ?= /usr/local
 DESTDIR ?=
@@ -12,6 +12,8 @@ IMAGE   := $(BUILD)/share/kata-containers
 # The development tree's own runtime: the built binary with the built image, nothing installed.
 RUNTIME := $(BUILD)/bin/kata-runtime
 SHARE   := $(DESTDIR)/usr/share/kata-containers
+RUNTIMES ?= runc kata-runtime
+RUN_SUITES = cargo run --locked -q -p suites -- $(addprefix --runtime ,$(RUNTIMES:kata-runtime=kata-runtime=$(BUILD)/bin/kata/kata-runtime)) --config $(BUILD)/config.toml
 SUITES  ?= oci docker crash
 FILTER  ?=
 
@@ -46,7 +48,7 @@ $(RUNTIME): Makefile
 	@mkdir -p $(BUILD)/bin
 	@printf '#!/bin/sh\nexec %s --config %s "$$@"\n' $(BUILD)/bin/kata/kata-runtime $(BUILD)/config.toml >$@.new
 	@mkdir -p $(BUILD)/bin/kata && ln -sfn $(CURDIR)/$(HOST) $(BUILD)/bin/kata/kata-runtime
-	@printf 'kernel = "%s/vmlinuz"\ninitrd = "%s/initrd"\n' $(IMAGE) $(IMAGE) >$(BUILD)/config.toml
+	@printf '[image]\npath = "%s"\n' $(IMAGE) >$(BUILD)/config.toml
 	@chmod 0755 $@.new && mv $@.new $@
 
 image: $(IMAGE)/manifest.json ## Make the guest image
@@ -55,19 +57,18 @@ $(IMAGE)/manifest.json: $(HOST) $(AGENT) | $(RUNTIME)
 	@scripts/say.sh "making the guest image"
 	@$(RUNTIME) image build --agent $(AGENT) --output $(IMAGE)
 
-suites: ## Run the black-box suites alone: make suites SUITES=oci FILTER=exec
-	@cargo run --locked -q -p suites -- --runtime runc --runtime kata-runtime=$(RUNTIME) \
-	  $(if $(FILTER),--filter "$(FILTER)") $(SUITES)
+suites: ## Run the black-box suites alone: make suites SUITES=oci RUNTIMES=runc FILTER=exec
+	@$(RUN_SUITES) $(if $(FILTER),--filter "$(FILTER)") $(SUITES)
 
 validate: ## Run the OCI validation suite against runc and kata-runtime
 	@scripts/setup.sh build guest test
 	@$(MAKE) --no-print-directory build image
-	@cargo run --locked -q -p suites -- --runtime runc --runtime kata-runtime=$(RUNTIME) validation
+	@$(RUN_SUITES) validation
 
 bench: ## Measure kata-runtime beside runc
 	@scripts/setup.sh build guest test bench
 	@$(MAKE) --no-print-directory build image
-	@cargo run --locked -q -p suites -- --runtime runc --runtime kata-runtime=$(RUNTIME) bench
+	@$(RUN_SUITES) bench
 
 install: ## Put programs and image in place (PREFIX, DESTDIR) and say how to register the runtime
 	@$(MAKE) --no-print-directory build image

@@ -1,7 +1,9 @@
 //! An OCI runtime, driven by its command line as containerd's runc shim and conmon drive it.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Seek};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -26,6 +28,8 @@ pub struct Runtime {
     pub program: PathBuf,
     /// Its state directory, as in `--root`.
     pub root: PathBuf,
+    /// The configuration file that it is given by `--config`, if any.
+    pub config: Option<PathBuf>,
 }
 
 impl Runtime {
@@ -39,7 +43,7 @@ impl Runtime {
         set_child_subreaper(Some(getpid()))?;
         let root = work.path().join("state").join(name);
         fs::create_dir_all(&root)?;
-        Ok(Self { name: name.to_owned(), program: program.to_owned(), root })
+        Ok(Self { name: name.to_owned(), program: program.to_owned(), root, config: None })
     }
 
     /// Whether it starts virtual machines.
@@ -49,7 +53,40 @@ impl Runtime {
 
     /// The runtime with global flags, a command and its arguments.
     pub fn run(&self, args: &[&str]) -> Run {
-        Run::new(&self.program).arg("--root").arg(&self.root).args(args)
+        let (program, flags) = self.invocation();
+        Run::new(program).args(flags).args(args)
+    }
+
+    /// Its program and global flags.
+    fn invocation(&self) -> (&Path, Vec<OsString>) {
+        let mut flags = vec!["--root".into(), self.root.clone().into()];
+        if let Some(config) = &self.config {
+            flags.extend(["--config".into(), config.into()]);
+        }
+        (&self.program, flags)
+    }
+
+    /// The words of a command line: program, global flags, `args`; for terminals and shell lines.
+    pub fn words(&self, args: &[&str]) -> Vec<String> {
+        let (program, flags) = self.invocation();
+        let words = [program.as_os_str().to_owned()].into_iter().chain(flags);
+        let words = words.map(|word| word.to_string_lossy().into_owned());
+        words.chain(args.iter().map(|&arg| arg.to_owned())).collect()
+    }
+
+    /// A program that daemons can register by path: the runtime itself, or a script in `dir` that adds `--config`.
+    ///
+    /// # Errors
+    ///
+    /// When the script cannot be written.
+    pub fn registrable(&self, dir: &Path) -> Result<PathBuf> {
+        let Some(config) = &self.config else { return Ok(self.program.clone()) };
+        fs::create_dir_all(dir)?;
+        let script = dir.join(&self.name);
+        let (program, config) = (self.program.display(), config.display());
+        fs::write(&script, format!("#!/bin/sh\nexec {program} --config {config} \"$@\"\n"))?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        Ok(script)
     }
 
     /// `run`: the bundle's container from start to exit, with nothing to read.
@@ -78,8 +115,9 @@ impl Runtime {
     pub fn create_with(&self, bundle: &Bundle, flags: &[&str], stdin: Stdio) -> Result<Container> {
         let pid_file = bundle.dir.join("init.pid");
         let (stdout, mut stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
-        let mut command = Command::new(&self.program);
-        command.arg("--root").arg(&self.root).arg("create").arg("--bundle").arg(&bundle.dir);
+        let (program, global) = self.invocation();
+        let mut command = Command::new(program);
+        command.args(global).arg("create").arg("--bundle").arg(&bundle.dir);
         command.arg("--pid-file").arg(&pid_file).args(flags).arg(&bundle.id);
         command.stdin(stdin).stdout(stdout.try_clone()?).stderr(stderr.try_clone()?);
         let mut child =
