@@ -1,16 +1,38 @@
 //! Makes a container's root file system and mounts visible in a guest through one shared directory.
 //!
-//! [`plan`] decides, from the OCI spec alone and without touching anything, which host directories and files are bound
-//! below the share and what the guest mounts; [`attach`] does it; [`detach`] undoes it.
+//! [`plan`] decides, from the OCI spec and what a probe sees, which host directories and files are bound below the
+//! share and what the guest mounts; [`attach`] does it; [`detach`] undoes it.
+//!
+//! # Who is trusted
+//!
+//! The bundle comes from the caller's side and may be clumsy, or name paths that an unprivileged user can swap: sources
+//! are resolved once, when they are planned, and opened later without following any symlink. The guest can be hostile
+//! and may write below the share: everything there is made and opened relative to held directories, without following
+//! symlinks. The share's own directories are no place for a guest to write, though: whoever serves the share should
+//! make its mount read-only in its own mount namespace (not recursively), which the binds below it do not notice.
+//!
+//! # What becomes of mount options
+//!
+//! `ro` and `rro` of binds are enforced on the host. All options also stay in the guest's spec, where the guest's kernel
+//! honours `nosuid`, `nodev`, `noexec` and the rest. Of propagation, `slave` and `shared` make the host's later mounts
+//! below the source show up in the guest; nothing that a guest mounts is ever seen by the host, so `shared` is no more
+//! than `slave`. `idmap` is refused.
 
 #![forbid(unsafe_code)]
+
+mod attach;
+mod plan;
+mod probe;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use linux::ledger::Ledger;
 use linux::mount::Propagation;
 use protocol::oci;
+
+pub use attach::{attach, detach};
+pub use plan::plan;
+pub use probe::probe;
 
 /// What a container is made from.
 #[derive(Debug, Clone, Copy)]
@@ -49,10 +71,8 @@ pub struct Source {
     pub kind: Kind,
     /// Its path without symlinks.
     pub path: PathBuf,
-    /// The type of the file system that it is the root of a mount of (`tmpfs`), if it is one.
-    pub fstype: Option<String>,
-    /// The size of that file system in bytes.
-    pub size: u64,
+    /// Where it is the root of a tmpfs: that one's size in bytes.
+    pub tmpfs_size: Option<u64>,
 }
 
 /// What to bind below the share, and what the guest mounts.
@@ -60,8 +80,11 @@ pub struct Source {
 pub struct Plan {
     /// The container's id.
     pub container_id: String,
-    /// In the order to be made.
+    /// In the order to be made. The first is the root.
     pub binds: Vec<Bind>,
+    /// What the guest will mount on in a root that it cannot write: made on the host where it is missing, as paths in
+    /// the root, with whether they are directories.
+    pub mount_points: Vec<(PathBuf, bool)>,
     /// The container's root as the guest sees it: the guest spec's `root.path`.
     pub guest_root: String,
     /// The guest spec's `mounts`, in the spec's order.
@@ -73,24 +96,42 @@ pub struct Plan {
 /// One bind mount below the share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
-    /// The host's directory or file.
+    /// The host's directory or file, a path without symlinks.
     pub source: PathBuf,
     /// Where, relative to the share: `<container>/rootfs`, `<container>/mounts/0`.
     pub name: PathBuf,
     /// Enforced on the host: the guest cannot write whatever it does.
-    pub read_only: bool,
+    pub read_only: ReadOnly,
     /// With the mounts below it.
     pub recursive: bool,
     /// Whether `source` is a directory.
     pub is_directory: bool,
-    /// Whether mounts that the host makes below `source` later show up.
+    /// [`Propagation::Slave`] where mounts that the host makes below `source` later show up, or
+    /// [`Propagation::Private`].
     pub propagation: Propagation,
+}
+
+/// What of a bind mount cannot be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadOnly {
+    /// All can be written.
+    No,
+    /// The mount itself, but not those below it: `ro`, as runc takes it.
+    Top,
+    /// The mount and all below it: `rro`.
+    All,
 }
 
 /// A failure to share a container's files.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The container's id cannot be a file's name.
+    #[error("invalid container id `{id}`")]
+    ContainerId {
+        /// The id.
+        id: String,
+    },
     /// The spec's root is not usable.
     #[error("invalid root: {problem}")]
     Root {
@@ -117,46 +158,8 @@ pub enum Error {
     },
 }
 
-/// Decides how the container's files get into the guest. Pure, but for `probe`.
-///
-/// # Errors
-///
-/// [`Error::Root`] or [`Error::Mount`], naming the first that is wrong; what `probe` says.
-pub fn plan(
-    input: &Input<'_>,
-    probe: impl Fn(&Path) -> Result<Source, Error>,
-) -> Result<Plan, Error> {
-    let _ = (input, probe);
-    Err(Error::Root { problem: "not yet".to_owned() })
-}
-
-/// What is at `path` on this host: the probe for [`plan`].
-///
-/// # Errors
-///
-/// [`Error::Host`], but not for what is missing.
-pub fn probe(path: &Path) -> Result<Source, Error> {
-    let kind = Kind::Missing;
-    Ok(Source { kind, path: path.to_owned(), fstype: None, size: 0 })
-}
-
-/// Makes the binds of `plan` below `share`, in the calling thread's mount namespace. What is made on disk goes into
-/// `ledger` before.
-///
-/// # Errors
-///
-/// [`Error::Host`]; what was bound before is undone.
-pub fn attach(plan: &Plan, share: &Path, ledger: &mut Ledger) -> Result<(), Error> {
-    let _ = (plan, share, ledger);
-    Ok(())
-}
-
-/// Undoes what [`attach`] made for a container, in the calling thread's mount namespace. What is not there is a success.
-///
-/// # Errors
-///
-/// [`Error::Host`].
-pub fn detach(container_id: &str, share: &Path) -> Result<(), Error> {
-    let _ = (container_id, share);
-    Ok(())
+impl Error {
+    fn host<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> Self {
+        move |source| Self::Host { action, path: path.to_owned(), source: source.into() }
+    }
 }
