@@ -73,10 +73,8 @@ impl Report {
             let mut shown = BTreeSet::new();
             for (suite, case, ..) in &self.results {
                 if shown.insert((suite, case)) {
-                    let words = runtimes
-                        .iter()
-                        .map(|runtime| format!(" {:<13}", self.word(suite, case, runtime)));
-                    println!("{suite:<7} {case:<66}{}", words.collect::<String>());
+                    let words = runtimes.iter().map(|runtime| self.word(suite, case, runtime));
+                    println!("{suite:<7} {case:<66}{}", row(words.collect()));
                 }
             }
         }

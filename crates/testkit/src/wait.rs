@@ -53,6 +53,17 @@ pub fn readable(fd: impl AsFd, deadline: Duration) -> Result<bool> {
     }
 }
 
+/// The host's free memory, in MiB.
+///
+/// # Errors
+///
+/// When `/proc/meminfo` cannot be read.
+pub fn memory_mib() -> Result<u64> {
+    let table = std::fs::read_to_string("/proc/meminfo")?;
+    let line = table.lines().find(|line| line.starts_with("MemAvailable:")).unwrap_or_default();
+    Ok(line.split_whitespace().nth(1).unwrap_or("0").parse::<u64>()? / 1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::{eventually, readable};

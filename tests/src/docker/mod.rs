@@ -1,11 +1,188 @@
-//! SIGKILL at every step: nothing may be left after `delete --force`.
+//! Docker, with Debian's client and a daemon of our own.
 
-use anyhow::Result;
+mod lifecycle;
+mod limits;
+mod network;
+mod storage;
+
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use testkit::docker::{self, IMAGE};
+use testkit::{Run, eventually};
 
 use crate::Bench;
-use crate::report::Report;
+use crate::case::Case;
+use crate::report::{Report, Verdict};
+
+const SUITE: &str = "docker";
+
+/// What a case is given.
+pub(crate) struct Docker {
+    daemon: Rc<docker::Docker>,
+    /// The name under which the runtime is registered.
+    pub(crate) runtime: String,
+    /// Whether it starts virtual machines.
+    pub(crate) is_kata: bool,
+    mark: String,
+}
+
+/// A container that was started with `run -d`; removed by force when dropped.
+pub(crate) struct Running<'a> {
+    docker: &'a Docker,
+    /// Its id, in full.
+    pub(crate) id: String,
+}
+
+impl Docker {
+    /// `docker` with these words.
+    pub(crate) fn run(&self, words: &[&str]) -> Run {
+        self.daemon.run(words)
+    }
+
+    /// `docker run --rm` of a shell line with flags; what it wrote.
+    pub(crate) fn once(&self, flags: &[&str], line: &str) -> Result<String> {
+        self.once_run(flags, line).text()
+    }
+
+    /// `docker run --rm` of a shell line with flags.
+    pub(crate) fn once_run(&self, flags: &[&str], line: &str) -> Run {
+        let run = self.run(&["run", "--rm", "--runtime", &self.runtime]);
+        run.args(flags).args([IMAGE, "sh", "-c", line])
+    }
+
+    /// `docker run -d` of a shell line with flags.
+    pub(crate) fn start(&self, flags: &[&str], line: &str) -> Result<Running<'_>> {
+        let run = self.run(&["run", "-d", "--runtime", &self.runtime]);
+        let id = run.args(flags).args([IMAGE, "sh", "-c", line]).text()?;
+        Ok(Running { docker: self, id })
+    }
+
+    /// A container that sleeps.
+    pub(crate) fn sleeper(&self, flags: &[&str]) -> Result<Running<'_>> {
+        self.start(flags, "trap 'exit 0' TERM; sleep 1000 & wait")
+    }
+
+    /// A shell line on what published ports take for the host.
+    pub(crate) fn host(&self, line: &str) -> Run {
+        self.daemon.host(line)
+    }
+
+    /// A name that no other container or network has.
+    pub(crate) fn name(&self, word: &str) -> String {
+        format!("{}-{word}", self.mark)
+    }
+
+    /// A new directory for volumes, removed with the run.
+    pub(crate) fn directory(&self) -> Result<PathBuf> {
+        Ok(tempfile::Builder::new().prefix(&format!("{}-", self.mark)).tempdir()?.keep())
+    }
+}
+
+impl Running<'_> {
+    /// `docker WORDS ID`.
+    pub(crate) fn run(&self, words: &[&str]) -> Run {
+        self.docker.run(words).arg(&self.id)
+    }
+
+    /// `docker exec` of a shell line with flags; what it wrote.
+    pub(crate) fn exec(&self, flags: &[&str], line: &str) -> Result<String> {
+        self.exec_run(flags, line).text()
+    }
+
+    /// `docker exec` of a shell line with flags.
+    pub(crate) fn exec_run(&self, flags: &[&str], line: &str) -> Run {
+        self.docker.run(&["exec"]).args(flags).arg(&self.id).args(["sh", "-c", line])
+    }
+
+    /// A field of `docker inspect`, by a Go template.
+    pub(crate) fn inspect(&self, field: &str) -> Result<String> {
+        self.run(&["inspect", "--format", field]).text()
+    }
+
+    /// Waits until `docker logs` has this.
+    pub(crate) fn wait_for_log(&self, word: &str) -> Result<()> {
+        eventually(Duration::from_mins(1), &format!("{word:?} is in the log"), || {
+            let output = self.run(&["logs"]).output()?;
+            let text = format!("{}{}", output.text(), output.stderr);
+            Ok(text.contains(word).then_some(()))
+        })
+    }
+
+    /// `docker rm -f`.
+    pub(crate) fn remove(self) -> Result<()> {
+        self.run(&["rm", "-f"]).text().map(drop)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        drop(self.run(&["rm", "-f"]).output());
+    }
+}
 
 /// Runs the suite.
-pub(crate) fn run(_bench: &Bench, _report: &mut Report) -> Result<()> {
+pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
+    let all: [&[Case<Docker>]; 4] =
+        [lifecycle::CASES, network::CASES, storage::CASES, limits::CASES];
+    if bench.list || !all.iter().any(|cases| bench.wants(cases)) {
+        for cases in all {
+            bench.list_cases(SUITE, cases, report);
+        }
+        return Ok(());
+    }
+    let missing = docker::missing_programs();
+    if !missing.is_empty() {
+        let reason = format!("needs {}", missing.join(", "));
+        for runtime in &bench.runtimes {
+            let verdict = Verdict::Skipped(reason.clone());
+            report.add(SUITE, "the daemon starts", &runtime.name, verdict, Duration::ZERO);
+        }
+        return Ok(());
+    }
+    let before = bench.host.snapshot()?;
+    let daemon = {
+        let programs: Vec<_> = bench
+            .runtimes
+            .iter()
+            .map(|runtime| runtime.registrable(&bench.work.path().join("bin")))
+            .collect::<Result<_>>()?;
+        let runtimes: Vec<_> = bench
+            .runtimes
+            .iter()
+            .zip(&programs)
+            .map(|(runtime, program)| (runtime.name.as_str(), program.as_path()))
+            .collect();
+        Rc::new(docker::Docker::start(&bench.work, &runtimes)?)
+    };
+    for runtime in &bench.runtimes {
+        let docker = Docker {
+            daemon: Rc::clone(&daemon),
+            runtime: runtime.name.clone(),
+            is_kata: runtime.is_kata(),
+            mark: bench.work.mark().to_owned(),
+        };
+        for cases in all {
+            bench.cases(SUITE, &runtime.name, &docker, cases, report);
+        }
+    }
+    let log = daemon.last_words();
+    drop(daemon);
+    let left = bench.host.expect(&before);
+    let verdict = left.map_or_else(
+        |error| Verdict::Failed(format!("{error:#}\nthe daemon's last words:\n{log}")),
+        |()| Verdict::Passed,
+    );
+    report.add(SUITE, "the daemon's end leaves nothing behind", "all", verdict, Duration::ZERO);
+    Ok(())
+}
+
+/// That `code` is what docker's client ended with, and that it said `word`.
+pub(crate) fn refused(run: Run, code: i32, word: &str) -> Result<()> {
+    let output = run.output()?.ended(code)?;
+    let text = output.stderr.to_lowercase();
+    ensure!(text.contains(word), "no {word:?} in {output}");
     Ok(())
 }
