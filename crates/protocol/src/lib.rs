@@ -24,6 +24,9 @@ pub mod agent_ttrpc {
 
 pub use oci_spec::runtime as oci;
 
+/// The version of the OCI runtime spec that states and new specs are written in.
+pub const OCI_VERSION: &str = "1.2.1";
+
 /// This side's version of the protocol; see the version rule in `agent.proto`.
 pub const VERSION: u32 = 1;
 

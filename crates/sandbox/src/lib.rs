@@ -1,1 +1,36 @@
-//! Placeholder.
+//! The engine: sandboxes, their containers and processes.
+//!
+//! One *sandbox process* ([`serve`]) owns a virtual machine and everything about it; every other process is a client that
+//! may die freely. The doors (the OCI command line, the containerd shim, embedding programs) call the functions of this
+//! crate root, which are plain and synchronous; each is one of the OCI runtime's operations.
+
+#![forbid(unsafe_code)]
+
+mod agent;
+mod config;
+mod control;
+mod error;
+mod hooks;
+mod launch;
+mod operations;
+mod process;
+mod resources;
+mod server;
+mod spec;
+mod stand_in;
+mod state;
+mod status;
+mod stdio;
+
+pub use config::{AccelerationConfig, Config, HypervisorConfig, ImageConfig, SandboxConfig};
+pub use control::{GuestProcess, Processes, Stats};
+pub use error::{Chain, Error, ErrorKind};
+pub use operations::{
+    Console, Create, Exec, State, create, delete, exec_defaults, exec_detached, exec_here, kill,
+    list, pause, processes, resume, start, state, stats, update,
+};
+pub use process::serve;
+pub use spec::Bundle;
+pub use stand_in::{attend, serve as stand_in};
+pub use state::{ContainerId, Root};
+pub use status::{Operation, Status};

@@ -1,0 +1,591 @@
+//! What a door can ask: each of the OCI commands, from a short-lived synchronous process.
+//!
+//! Whatever these functions need to know of a container is on disk, and whatever they want of it they ask its sandbox
+//! process; they hold nothing themselves and may die at any point.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio as ChildStdio;
+use std::time::Duration;
+
+use linux::ThisHost;
+use linux::ledger::Ledger;
+use linux::process::{Child, Command, ProcessId};
+use linux::pty::{self, Pty, WindowSize};
+use protocol::oci::{Hook, Process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::Signal;
+use serde::Serialize;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::config::Config;
+use crate::control::{Client, Processes, Request, Response, Stats};
+use crate::error::{Chain, Error};
+use crate::hooks;
+use crate::launch::{HooksDone, Launch, Report};
+use crate::spec::Bundle;
+use crate::stand_in;
+use crate::state::{ContainerDir, ContainerId, ContainerRecord, Root};
+use crate::status::{Operation, Status};
+use crate::stdio::Stdio;
+
+/// How long a sandbox process may take to kill its container before it is killed itself.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a sandbox process may take to go after its container has exited.
+const EXIT_TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+
+/// SIGKILL's number.
+const SIGKILL: u32 = 9;
+
+/// Where a process with a terminal finds it.
+#[derive(Debug, Clone)]
+pub enum Console {
+    /// The caller's own standard streams: files and pipes, or the caller's terminal, which it has put in raw mode.
+    Caller,
+    /// A new terminal, whose master goes to this Unix socket.
+    Socket(PathBuf),
+}
+
+/// A container to be created.
+#[derive(Debug)]
+pub struct Create<'a> {
+    /// Where its state goes.
+    pub root: &'a Root,
+    /// Its id.
+    pub id: &'a ContainerId,
+    /// What to run.
+    pub bundle: &'a Bundle,
+    /// The configuration, before the container's annotations.
+    pub config: Config,
+    /// Whether `linux.cgroupsPath` is systemd's.
+    pub systemd_cgroup: bool,
+    /// Its standard streams.
+    pub console: Console,
+    /// The program that has the roles `sandbox`, `stand-in` and `device`: the `kata` binary.
+    pub program: &'a Path,
+}
+
+/// Creates a container in a VM of its own, up to but not including its user's program. Answers the sandbox process, which
+/// is a child of the caller, stands for the container and exits with its exit code.
+///
+/// # Errors
+///
+/// What is wrong with the bundle, the host or the guest; nothing is then left on the host.
+pub fn create(request: Create<'_>) -> Result<Child, Error> {
+    let annotations = request.bundle.spec.annotations().clone().unwrap_or_default();
+    let config = request.config.clone().with_annotations(&annotations)?;
+    let dir = request.root.claim(request.id)?;
+    let created = linux::file::lock(&dir.vm().lock())
+        .map_err(Error::host("lock", dir.vm().lock()))
+        .and_then(|_lock| {
+            let bundle = request.bundle;
+            let now = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
+            let mut record =
+                ContainerRecord::new(dir.id(), bundle.path.clone(), bundle.rootfs()?, now);
+            record.annotations = annotations;
+            record.hooks.clone_from(bundle.spec.hooks());
+            dir.write(&record)?;
+            launch(&request, config, &dir)
+        });
+    if created.is_err() {
+        settle(&dir);
+    }
+    created
+}
+
+fn launch(request: &Create<'_>, config: Config, dir: &ContainerDir) -> Result<Child, Error> {
+    let wants_terminal = request.bundle.process()?.terminal().unwrap_or_default();
+    let mut command = Command::new(request.program);
+    attach_streams(&mut command, wants_terminal, &request.console, request.bundle.process()?)?;
+    let (ours, theirs) = UnixStream::pair().map_err(Error::host("create", "a socket pair"))?;
+    let number = command.pass(theirs.into());
+    command.name("kata").args(["sandbox".to_owned(), number.to_string()]).new_session();
+    let mut child =
+        command.spawn().map_err(Error::host("start the sandbox process from", request.program))?;
+    let message = Launch {
+        root: request.root.clone(),
+        id: request.id.as_str().to_owned(),
+        bundle: request.bundle.path.clone(),
+        spec: request.bundle.json().clone(),
+        config,
+        systemd_cgroup: request.systemd_cgroup,
+        terminal: wants_terminal,
+        device_program: (request.program.to_owned(), vec!["device".to_owned()]),
+    };
+    let outcome = converse(ours, &message, request, child.pid());
+    if let Err(error) = outcome {
+        // It has nothing more to do, or did not notice that it has not.
+        drop(child.signal(Signal::KILL));
+        drop(child.wait());
+        return Err(match error {
+            Error::SandboxGone { .. } => Error::Told {
+                text: format!("the sandbox process ended early: {}", last_words(dir)),
+                kind: error.kind(),
+            },
+            error => error,
+        });
+    }
+    Ok(child)
+}
+
+/// Tells the sandbox process what to do and hears it out.
+fn converse(
+    channel: UnixStream,
+    launch: &Launch,
+    request: &Create<'_>,
+    pid: u32,
+) -> Result<(), Error> {
+    let gone = |_: io::Error| Error::SandboxGone { id: launch.id.clone() };
+    let mut write = channel.try_clone().map_err(gone)?;
+    let mut tell = |message: Vec<u8>| {
+        write.write_all(&message).and_then(|()| write.write_all(b"\n")).map_err(gone)
+    };
+    tell(serde_json::to_vec(launch).map_err(io::Error::from).map_err(gone)?)?;
+    let mut read = BufReader::new(channel);
+    loop {
+        let mut line = String::new();
+        read.read_line(&mut line).map_err(gone)?;
+        match serde_json::from_str(&line).map_err(io::Error::from).map_err(gone)? {
+            Report::Hooks => {
+                run_runtime_hooks(request.bundle, request.id, pid)?;
+                tell(serde_json::to_vec(&HooksDone).map_err(io::Error::from).map_err(gone)?)?;
+            }
+            Report::Ready => return Ok(()),
+            Report::Failed { text, kind } => return Err(Error::Told { text, kind }),
+        }
+    }
+}
+
+fn run_runtime_hooks(bundle: &Bundle, id: &ContainerId, pid: u32) -> Result<(), Error> {
+    let Some(all) = bundle.spec.hooks() else { return Ok(()) };
+    let state = hook_state(bundle, id, Status::Creating, pid);
+    // Deprecated in the spec; Docker before 28 sets up its networks in it.
+    let prestart = all.prestart().as_deref().unwrap_or_default();
+    hooks::run("prestart", prestart, &state)?;
+    hooks::run("createRuntime", all.create_runtime().as_deref().unwrap_or_default(), &state)
+}
+
+/// Gives a child its standard streams: the caller's, or a new terminal's.
+fn attach_streams(
+    command: &mut Command,
+    wants_terminal: bool,
+    console: &Console,
+    process: &Process,
+) -> Result<(), Error> {
+    let inherit = ChildStdio::inherit;
+    match (wants_terminal, console) {
+        (false, Console::Socket(_)) => Err(Error::invalid(
+            "cannot use console socket if the process has no terminal (process.terminal is false)",
+        )),
+        (_, Console::Caller) => {
+            command.stdio(inherit(), inherit(), inherit());
+            Ok(())
+        }
+        (true, Console::Socket(socket)) => {
+            let pty = Pty::open().map_err(Error::host("open", "/dev/ptmx"))?;
+            // The guest's terminal does what a terminal does; this one only carries bytes.
+            pty::set_raw(&pty.slave).map_err(Error::host("set up", "the terminal"))?;
+            if let Some(size) = process.console_size() {
+                let cut = |number: u64| u16::try_from(number).unwrap_or_default();
+                let size = WindowSize { rows: cut(size.height()), columns: cut(size.width()) };
+                pty::set_window_size(&pty.slave, size)
+                    .map_err(Error::host("set up", "the terminal"))?;
+            }
+            let copy = || -> Result<ChildStdio, Error> {
+                let fd = pty.slave.as_fd().try_clone_to_owned();
+                fd.map(ChildStdio::from).map_err(Error::host("keep", "the terminal"))
+            };
+            command.stdio(copy()?, copy()?, copy()?);
+            pty::send_to_console_socket(socket, &pty)
+                .map_err(Error::host("send the terminal to console socket", socket))
+        }
+    }
+}
+
+fn last_words(dir: &ContainerDir) -> String {
+    let log = fs::read_to_string(dir.vm().log()).unwrap_or_default();
+    log.lines().last().unwrap_or("it said nothing").to_owned()
+}
+
+/// Gives back all that a container's sandbox has taken, and forgets it. What would not go is kept on disk for the next
+/// `delete --force`.
+pub(crate) fn settle(dir: &ContainerDir) {
+    match Ledger::open(&dir.vm().ledger()).and_then(|ledger| ledger.settle(&ThisHost)) {
+        Ok(()) => dir.remove(),
+        // The directory never came to be, so nothing else did.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => dir.remove(),
+        Err(error) => tracing::error!(%error, "not everything could be given back"),
+    }
+}
+
+/// The state that hooks read from their standard input.
+pub(crate) fn hook_state(bundle: &Bundle, id: &ContainerId, status: Status, pid: u32) -> Vec<u8> {
+    let state = State {
+        oci_version: protocol::OCI_VERSION.to_owned(),
+        id: id.as_str().to_owned(),
+        status,
+        pid,
+        bundle: bundle.path.clone(),
+        annotations: bundle.spec.annotations().clone().unwrap_or_default(),
+        rootfs: bundle.rootfs().unwrap_or_default(),
+        created: String::new(),
+        owner: String::new(),
+    };
+    serde_json::to_vec(&state).unwrap_or_default()
+}
+
+/// A container's state, as the OCI spec's `state` and runc print it.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State {
+    /// The version of the spec that this state is in.
+    pub oci_version: String,
+    /// The container's id.
+    pub id: String,
+    /// The host process that stands for it; 0 when it is stopped.
+    pub pid: u32,
+    /// Where it is in its life.
+    pub status: Status,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its root file system on the host.
+    #[serde(skip_serializing_if = "is_empty")]
+    pub rootfs: PathBuf,
+    /// RFC 3339.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub created: String,
+    /// Its annotations.
+    #[serde(skip_serializing_if = "std::collections::HashMap::is_empty")]
+    pub annotations: std::collections::HashMap<String, String>,
+    /// The user who owns it.
+    pub owner: String,
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
+}
+
+/// A container's state.
+///
+/// # Errors
+///
+/// [`Error::NoSuchContainer`].
+pub fn state(root: &Root, id: &ContainerId) -> Result<State, Error> {
+    let record = root.find(id)?.current()?;
+    let stopped = record.status == Status::Stopped;
+    Ok(State {
+        oci_version: protocol::OCI_VERSION.to_owned(),
+        id: record.id,
+        status: record.status,
+        pid: record.process.filter(|_| !stopped).map_or(0, |process| process.pid),
+        bundle: record.bundle,
+        rootfs: record.rootfs,
+        created: record.created,
+        annotations: record.annotations,
+        owner: String::new(),
+    })
+}
+
+/// The states of all containers, by id. One that is being removed meanwhile is left out.
+///
+/// # Errors
+///
+/// When the root cannot be read.
+pub fn list(root: &Root) -> Result<Vec<State>, Error> {
+    Ok(root.list()?.iter().filter_map(|id| state(root, id).ok()).collect())
+}
+
+/// Finds a container that `operation` is lawful on.
+fn lawful(
+    root: &Root,
+    id: &ContainerId,
+    operation: Operation,
+) -> Result<(ContainerDir, ContainerRecord), Error> {
+    let dir = root.find(id)?;
+    let record = dir.current()?;
+    if record.status.allows(operation) {
+        return Ok((dir, record));
+    }
+    Err(Error::WrongStatus { id: record.id, operation, status: record.status })
+}
+
+fn ask(
+    root: &Root,
+    id: &ContainerId,
+    operation: Operation,
+    request: &Request,
+) -> Result<Response, Error> {
+    let (dir, _) = lawful(root, id, operation)?;
+    Client::connect(&dir)?.ask(request)
+}
+
+/// Runs the user's program of a created container, and then its poststart hooks.
+///
+/// # Errors
+///
+/// When the container is not created, or the guest cannot run the program.
+pub fn start(root: &Root, id: &ContainerId) -> Result<(), Error> {
+    let (dir, record) = lawful(root, id, Operation::Start)?;
+    Client::connect(&dir)?.ask(&Request::Start)?;
+    // "If any poststart hook fails, the runtime MUST log a warning, but the remaining hooks and lifecycle continue."
+    // (runtime.md, "Lifecycle", 10)
+    for hook in record.hooks.iter().flat_map(|hooks| hooks.poststart().iter().flatten()) {
+        run_late_hook("poststart", hook, root, id);
+    }
+    Ok(())
+}
+
+fn run_late_hook(when: &'static str, hook: &Hook, root: &Root, id: &ContainerId) {
+    let state = state(root, id).ok().and_then(|state| serde_json::to_vec(&state).ok());
+    let run = hooks::run(when, std::slice::from_ref(hook), &state.unwrap_or_default());
+    if let Err(error) = run {
+        tracing::warn!(error = %Chain(&error), "a hook failed");
+    }
+}
+
+/// Sends a signal to a container's init, or with `all` to every process of it.
+///
+/// # Errors
+///
+/// When it does not run. With `all` that is a success, as for runc.
+pub fn kill(root: &Root, id: &ContainerId, signal: u32, all: bool) -> Result<(), Error> {
+    let (dir, record) = match lawful(root, id, Operation::Kill) {
+        Err(Error::WrongStatus { status: Status::Stopped, .. }) if all => return Ok(()),
+        found => found?,
+    };
+    let told = Client::connect(&dir).and_then(|mut client| {
+        if signal == SIGKILL {
+            client
+                .set_timeout(Some(KILL_TIMEOUT))
+                .map_err(Error::host("set up", dir.vm().control()))?;
+        }
+        client.ask(&Request::Signal { signal, all })
+    });
+    match (told, record.process) {
+        // Whatever it hangs in, SIGKILL ends it.
+        (Err(Error::SandboxGone { .. }), Some(process)) if signal == SIGKILL => {
+            process.signal(Signal::KILL).map_err(Error::host("kill", process.pid.to_string()))?;
+            Ok(())
+        }
+        (told, _) => told.map(|_| ()),
+    }
+}
+
+/// Deletes a container, and its sandbox, from the host; `force` kills it before if need be, and finds a container that does
+/// not exist deleted.
+///
+/// # Errors
+///
+/// When it runs and `force` is not given, or something would not go: then it can be tried again.
+pub fn delete(root: &Root, id: &ContainerId, force: bool) -> Result<(), Error> {
+    let dir = match root.find(id) {
+        Err(Error::NoSuchContainer { .. }) if force => return Ok(()),
+        found => found?,
+    };
+    let record = dir.read()?;
+    if !force {
+        lawful(root, id, Operation::Delete)?;
+    }
+    let stopped = record.as_ref().is_some_and(|record| record.status == Status::Stopped);
+    if let Some(sandbox) = dir.vm().read()? {
+        end_process(sandbox.process, stopped)?;
+    }
+    let hooks = record.and_then(|record| record.hooks);
+    let poststop = hooks.and_then(|hooks| hooks.poststop().clone()).unwrap_or_default();
+    let state = state(root, id).ok().and_then(|state| serde_json::to_vec(&state).ok());
+    {
+        // A `create` that is still there has noticed the end of its sandbox process and cleans up.
+        let _lock = linux::file::lock(&dir.vm().lock());
+        if !dir.vm().path().exists() {
+            dir.remove();
+            return Ok(());
+        }
+        Ledger::open(&dir.vm().ledger())
+            .and_then(|ledger| ledger.settle(&ThisHost))
+            .map_err(Error::host("give back all that is in", dir.vm().ledger()))?;
+        dir.remove();
+    }
+    for hook in &poststop {
+        if let Err(error) =
+            hooks::run("poststop", std::slice::from_ref(hook), state.as_deref().unwrap_or_default())
+        {
+            tracing::warn!(error = %Chain(&error), "a hook failed");
+        }
+    }
+    Ok(())
+}
+
+/// Waits for a sandbox process that is on its way out, or kills it; either way it is gone afterwards.
+fn end_process(process: ProcessId, on_its_way: bool) -> Result<(), Error> {
+    let name = || process.pid.to_string();
+    let Some(pidfd) = process.open().map_err(Error::host("open process", name()))? else {
+        return Ok(());
+    };
+    let ended = |pidfd: &OwnedFd| {
+        let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&EXIT_TIMEOUT)), Ok(1..))
+    };
+    if on_its_way && ended(&pidfd) {
+        return Ok(());
+    }
+    process.signal(Signal::KILL).map_err(Error::host("kill", name()))?;
+    if ended(&pidfd) {
+        return Ok(());
+    }
+    Err(Error::Host { action: "kill", path: name().into(), source: io::ErrorKind::TimedOut.into() })
+}
+
+/// Freezes a container.
+///
+/// # Errors
+///
+/// When it does not run.
+pub fn pause(root: &Root, id: &ContainerId) -> Result<(), Error> {
+    ask(root, id, Operation::Pause, &Request::Pause).map(|_| ())
+}
+
+/// Thaws a container.
+///
+/// # Errors
+///
+/// When it is not paused.
+pub fn resume(root: &Root, id: &ContainerId) -> Result<(), Error> {
+    ask(root, id, Operation::Resume, &Request::Resume).map(|_| ())
+}
+
+/// Changes a container's limits to those that `resources`, the OCI spec's `linux.resources` as JSON, has.
+///
+/// # Errors
+///
+/// When it does not run, or a limit is refused.
+pub fn update(root: &Root, id: &ContainerId, resources: String) -> Result<(), Error> {
+    ask(root, id, Operation::Update, &Request::Update { resources }).map(|_| ())
+}
+
+/// A container's figures, as its guest has them.
+///
+/// # Errors
+///
+/// When it does not run.
+pub fn stats(root: &Root, id: &ContainerId) -> Result<Stats, Error> {
+    match ask(root, id, Operation::Events, &Request::Stats)? {
+        Response::Stats(stats) => Ok(*stats),
+        _ => Err(Error::SandboxGone { id: id.as_str().to_owned() }),
+    }
+}
+
+/// A container's processes.
+///
+/// # Errors
+///
+/// When it does not run.
+pub fn processes(root: &Root, id: &ContainerId) -> Result<Processes, Error> {
+    match ask(root, id, Operation::Ps, &Request::Processes)? {
+        Response::Processes(processes) => Ok(processes),
+        _ => Err(Error::SandboxGone { id: id.as_str().to_owned() }),
+    }
+}
+
+/// A process to be run in a container.
+#[derive(Debug)]
+pub struct Exec<'a> {
+    /// Where the container's state is.
+    pub root: &'a Root,
+    /// The container.
+    pub id: &'a ContainerId,
+    /// The OCI spec's `process`.
+    pub process: &'a Process,
+    /// Its standard streams.
+    pub console: Console,
+    /// The `kata` binary.
+    pub program: &'a Path,
+}
+
+/// The defaults for an exec: the container's own `process`.
+///
+/// # Errors
+///
+/// When the container does not run, or its bundle has gone.
+pub fn exec_defaults(root: &Root, id: &ContainerId) -> Result<Process, Error> {
+    let (_, record) = lawful(root, id, Operation::Exec)?;
+    Bundle::load(&record.bundle)?.process().cloned()
+}
+
+fn exec_request(process: &Process) -> Result<String, Error> {
+    crate::spec::check_process(process, "process")?;
+    serde_json::to_string(process).map_err(|error| Error::invalid(format!("process: {error}")))
+}
+
+/// Runs a process in a container and answers its stand-in, a child of the caller, once the process runs.
+///
+/// # Errors
+///
+/// When the container does not run, or the program cannot be run.
+pub fn exec_detached(request: &Exec<'_>) -> Result<Child, Error> {
+    let (dir, _) = lawful(request.root, request.id, Operation::Exec)?;
+    let terminal = request.process.terminal().unwrap_or_default();
+    let mut command = Command::new(request.program);
+    attach_streams(&mut command, terminal, &request.console, request.process)?;
+    let (ours, theirs) = UnixStream::pair().map_err(Error::host("create", "a socket pair"))?;
+    let number = command.pass(theirs.into());
+    command.name("kata").args(["stand-in".to_owned(), number.to_string()]);
+    if matches!(request.console, Console::Socket(_)) {
+        command.controlling_terminal();
+    } else {
+        command.new_session();
+    }
+    let mut child =
+        command.spawn().map_err(Error::host("start the stand-in from", request.program))?;
+    let order = stand_in::Order {
+        vm: dir.vm().clone(),
+        id: request.id.as_str().to_owned(),
+        process: exec_request(request.process)?,
+        terminal,
+    };
+    let gone = |_: io::Error| Error::Told {
+        text: "the exec's stand-in ended early".into(),
+        kind: crate::error::ErrorKind::Internal,
+    };
+    let answer = serde_json::to_vec(&order).map_err(io::Error::from).and_then(|mut line| {
+        line.push(b'\n');
+        (&ours).write_all(&line)?;
+        let mut answer = String::new();
+        BufReader::new(&ours).read_line(&mut answer)?;
+        Ok(serde_json::from_str(&answer)?)
+    });
+    match answer.map_err(gone) {
+        Ok(Report::Ready) => Ok(child),
+        failed => {
+            drop(child.signal(Signal::KILL));
+            drop(child.wait());
+            match failed? {
+                Report::Failed { text, kind } => Err(Error::Told { text, kind }),
+                Report::Ready | Report::Hooks => Err(gone(io::ErrorKind::InvalidData.into())),
+            }
+        }
+    }
+}
+
+/// Runs a process in a container, with the caller's own standard streams, to its end. Answers its exit code. The calling
+/// process is its stand-in.
+///
+/// # Errors
+///
+/// When the container does not run, or the program cannot be run.
+pub fn exec_here(request: &Exec<'_>) -> Result<u8, Error> {
+    let (dir, _) = lawful(request.root, request.id, Operation::Exec)?;
+    let terminal = request.process.terminal().unwrap_or_default();
+    let stdio = Stdio::own(terminal).map_err(Error::host("keep", "the standard streams"))?;
+    let order = stand_in::Order {
+        vm: dir.vm().clone(),
+        id: request.id.as_str().to_owned(),
+        process: exec_request(request.process)?,
+        terminal,
+    };
+    stand_in::run(&order, stdio, || {})
+}

@@ -1,0 +1,146 @@
+//! From a spec's `linux.resources` to the size of the machine and the limits of its host processes. Pure.
+//!
+//! The guest's kernel enforces what the container asked for to the letter: its own cgroup gets the spec's numbers. The
+//! host's cgroup holds the machine as a whole, which is more than the container: its memory limit leaves room for the
+//! guest's kernel and the hypervisor, and processes are not counted there, since a guest's are not the host's.
+
+use linux::cgroup::{Limits, Throttle, Throttled};
+use protocol::oci::{LinuxResources, LinuxThrottleDevice};
+
+use crate::config::SandboxConfig;
+
+const MIB: u64 = 1 << 20;
+
+/// How large a machine is at boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u32,
+}
+
+/// The machine for a container with these limits, on a host with `host_cpus`.
+pub(crate) fn size(
+    resources: Option<&LinuxResources>,
+    config: &SandboxConfig,
+    host_cpus: u32,
+) -> Size {
+    let quota = resources.and_then(|resources| resources.cpu().as_ref()).and_then(|cpu| {
+        let quota = u64::try_from(cpu.quota()?).ok().filter(|&quota| quota > 0)?;
+        let period = cpu.period().filter(|&period| period > 0).unwrap_or(100_000);
+        u32::try_from(quota.div_ceil(period)).ok()
+    });
+    let limit = memory_limit(resources).and_then(|bytes| {
+        let mib = bytes.div_ceil(MIB) + u64::from(config.guest_overhead_mib);
+        u32::try_from(mib).ok()
+    });
+    Size {
+        vcpus: quota.unwrap_or(config.vcpus).clamp(1, host_cpus.max(1)),
+        memory_mib: limit.unwrap_or(config.memory_mib),
+    }
+}
+
+/// The limits of the sandbox's host processes.
+pub(crate) fn host_limits(resources: Option<&LinuxResources>, config: &SandboxConfig) -> Limits {
+    let Some(resources) = resources else { return Limits::default() };
+    let room = (u64::from(config.guest_overhead_mib) + u64::from(config.host_overhead_mib)) * MIB;
+    let with_room =
+        |bytes: i64| if bytes > 0 { bytes.saturating_add(room.cast_signed()) } else { bytes };
+    let memory = resources.memory().as_ref();
+    let cpu = resources.cpu().as_ref();
+    let block = resources.block_io().as_ref();
+    let mut throttles = Vec::new();
+    if let Some(block) = block {
+        let mut add = |devices: &Option<Vec<LinuxThrottleDevice>>, what: Throttled| {
+            throttles.extend(devices.iter().flatten().map(|throttle| Throttle {
+                device: (throttle.major(), throttle.minor()),
+                what,
+                rate: throttle.rate(),
+            }));
+        };
+        add(block.throttle_read_bps_device(), Throttled::ReadBytes);
+        add(block.throttle_write_bps_device(), Throttled::WriteBytes);
+        add(block.throttle_read_iops_device(), Throttled::Reads);
+        add(block.throttle_write_iops_device(), Throttled::Writes);
+    }
+    // Zero is how Docker's JSON says "not asked for".
+    Limits {
+        memory: memory.and_then(|memory| memory.limit()).filter(|&n| n != 0).map(with_room),
+        memory_swap: memory.and_then(|memory| memory.swap()).filter(|&n| n != 0).map(with_room),
+        memory_reservation: memory
+            .and_then(|memory| memory.reservation())
+            .filter(|&n| n != 0)
+            .map(with_room),
+        cpu_shares: cpu.and_then(|cpu| cpu.shares()).filter(|&n| n != 0),
+        cpu_quota: cpu.and_then(|cpu| cpu.quota()).filter(|&n| n != 0),
+        cpu_period: cpu.and_then(|cpu| cpu.period()).filter(|&n| n != 0),
+        cpuset_cpus: cpu.and_then(|cpu| cpu.cpus().clone()).filter(|list| !list.is_empty()),
+        cpuset_mems: cpu.and_then(|cpu| cpu.mems().clone()).filter(|list| !list.is_empty()),
+        blkio_weight: block.and_then(|block| block.weight()).filter(|&n| n != 0),
+        blkio_throttles: throttles,
+    }
+}
+
+fn memory_limit(resources: Option<&LinuxResources>) -> Option<u64> {
+    let limit = resources?.memory().as_ref()?.limit()?;
+    u64::try_from(limit).ok().filter(|&limit| limit > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Size, host_limits, size};
+    use crate::config::SandboxConfig;
+    use protocol::oci::LinuxResources;
+    use serde_json::{Value, json};
+
+    fn resources(json: Value) -> LinuxResources {
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn a_machine_has_whole_cpus_and_room_for_its_kernel() {
+        let config = SandboxConfig {
+            vcpus: 1,
+            memory_mib: 2048,
+            guest_overhead_mib: 128,
+            ..SandboxConfig::default()
+        };
+        let cases = [
+            (json!({}), Size { vcpus: 1, memory_mib: 2048 }),
+            (
+                json!({"cpu": {"quota": 150_000, "period": 100_000}}),
+                Size { vcpus: 2, memory_mib: 2048 },
+            ),
+            (json!({"cpu": {"quota": 9_900_000}}), Size { vcpus: 4, memory_mib: 2048 }),
+            (json!({"cpu": {"quota": -1}}), Size { vcpus: 1, memory_mib: 2048 }),
+            (json!({"memory": {"limit": 268_435_456}}), Size { vcpus: 1, memory_mib: 384 }),
+            (json!({"memory": {"limit": -1}}), Size { vcpus: 1, memory_mib: 2048 }),
+        ];
+        for (json, expected) in cases {
+            assert_eq!(size(Some(&resources(json.clone())), &config, 4), expected, "{json}");
+        }
+        assert_eq!(size(None, &config, 4), Size { vcpus: 1, memory_mib: 2048 });
+    }
+
+    #[test]
+    fn the_host_leaves_room_for_the_machine_and_counts_no_processes() {
+        let config = SandboxConfig {
+            guest_overhead_mib: 100,
+            host_overhead_mib: 28,
+            ..SandboxConfig::default()
+        };
+        let limits = host_limits(
+            Some(&resources(json!({
+                "memory": {"limit": 1 << 20, "swap": -1, "reservation": 0},
+                "cpu": {"shares": 0, "quota": 5000, "cpus": ""},
+                "pids": {"limit": 3},
+            }))),
+            &config,
+        );
+        assert_eq!(limits.memory, Some((1 << 20) + (128 << 20)));
+        assert_eq!((limits.memory_swap, limits.memory_reservation), (Some(-1), None));
+        assert_eq!(
+            (limits.cpu_shares, limits.cpu_quota, limits.cpuset_cpus),
+            (None, Some(5000), None)
+        );
+    }
+}
