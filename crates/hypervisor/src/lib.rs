@@ -10,7 +10,6 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -19,9 +18,30 @@ use linux::ledger::Ledger;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
 
+mod back_ends;
+mod detect;
+mod error;
+pub mod fake;
+mod log;
+mod processes;
+pub mod qemu;
 mod vsock;
 
+pub use detect::{Detection, Obstacle, detect};
+pub use error::Error;
 pub use vsock::VsockAddress;
+
+/// The driver with this name.
+///
+/// # Errors
+///
+/// [`Error::NoSuchDriver`].
+pub fn driver(name: &str) -> Result<Box<dyn Hypervisor>, Error> {
+    match name {
+        qemu::NAME => Ok(Box::new(qemu::Qemu)),
+        _ => Err(Error::NoSuchDriver { name: name.to_owned() }),
+    }
+}
 
 /// What a driver can do on this host. Facts, found once; asking costs nothing.
 ///
@@ -129,16 +149,33 @@ impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static> Duplex for T {}
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmExit {
-    /// The hypervisor's exit status, or 128 + the signal that ended it, where we could learn it.
+    /// Which of its processes ended first, and took the others with it.
+    pub process: VmProcess,
+    /// That one's exit status, or 128 + the signal that ended it, where we could learn it. 0: the guest switched itself off.
     pub status: Option<i32>,
+    /// What it (or the guest's kernel, in a panic) said last, escaped for a terminal.
+    pub words: String,
+}
+
+/// A kind of process that a machine needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VmProcess {
+    /// The hypervisor.
+    Hypervisor,
+    /// The process with the device back ends.
+    Devices,
 }
 
 impl fmt::Display for VmExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.status {
-            Some(status) => write!(f, "with status {status}"),
-            None => f.write_str("with a status that nobody saw"),
+        if self.process == VmProcess::Devices {
+            f.write_str("as its device process ended ")?;
         }
+        match self.status {
+            Some(status) => write!(f, "with status {status}")?,
+            None => f.write_str("with a status that nobody saw")?,
+        }
+        if self.words.is_empty() { Ok(()) } else { write!(f, "; its last words: {}", self.words) }
     }
 }
 
@@ -149,88 +186,6 @@ pub struct VmProcesses {
     pub hypervisor: u32,
     /// The pids of device back ends.
     pub devices: Vec<u32>,
-}
-
-/// A failure of a hypervisor driver.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// No driver by that name.
-    #[error("there is no hypervisor `{name}`; there is: qemu")]
-    NoSuchDriver {
-        /// The name asked for.
-        name: String,
-    },
-    /// The driver does not claim this in its [`Capabilities`].
-    #[error("{driver} cannot {operation}")]
-    Unsupported {
-        /// The driver's name.
-        driver: &'static str,
-        /// A verb phrase: `add a disk while running`.
-        operation: &'static str,
-    },
-    /// A program that a machine needs is not there or cannot be started.
-    #[error("cannot start {}; install it (Debian: {package}) or name it in the configuration", program.display())]
-    Program {
-        /// The program.
-        program: PathBuf,
-        /// Debian's package of it.
-        package: &'static str,
-        /// What execve(2) said.
-        source: io::Error,
-    },
-    /// The hypervisor ended by itself.
-    #[error("{driver} ended {exit}{}", last_words(words))]
-    Ended {
-        /// The driver's name.
-        driver: &'static str,
-        /// How.
-        exit: VmExit,
-        /// The last lines of its log, escaped for a terminal.
-        words: String,
-    },
-    /// The hypervisor refused a command.
-    #[error("{driver} refused to {operation}: {message}")]
-    Refused {
-        /// The driver's name.
-        driver: &'static str,
-        /// A verb phrase: `add a network interface`.
-        operation: &'static str,
-        /// Its own words.
-        message: String,
-    },
-    /// No answer in time.
-    #[error("{driver} did not {operation} within {seconds} s")]
-    Timeout {
-        /// The driver's name.
-        driver: &'static str,
-        /// A verb phrase.
-        operation: &'static str,
-        /// The deadline.
-        seconds: u64,
-    },
-    /// The guest does not take a stream to this port.
-    #[error("the guest took no stream to its port {}", port.0)]
-    Connect {
-        /// The port.
-        port: Port,
-        /// What the carrier said.
-        source: io::Error,
-    },
-    /// A call on the host failed.
-    #[error("cannot {action} {}", path.display())]
-    Host {
-        /// A verb phrase: `listen on`.
-        action: &'static str,
-        /// The object of the verb.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-}
-
-fn last_words(words: &str) -> String {
-    if words.is_empty() { String::new() } else { format!("; its last words: {words}") }
 }
 
 /// A program on the host that can make virtual machines.

@@ -30,15 +30,9 @@ impl VsockAddress {
         stream.write_all(request(port).as_bytes())?;
         // Byte by byte: what follows the line belongs to the caller.
         let mut line = Vec::new();
-        for byte in Read::by_ref(&mut stream).bytes() {
-            let byte = byte?;
-            if byte == b'\n' {
-                break;
-            }
-            line.push(byte);
-            if line.len() > LONGEST_ANSWER {
-                break;
-            }
+        let mut byte = [0];
+        while line.len() <= LONGEST_ANSWER && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
+            line.push(byte[0]);
         }
         accepted(&line, path)?;
         Ok(stream)
@@ -54,15 +48,10 @@ impl VsockAddress {
         let mut stream = tokio::net::UnixStream::connect(path).await?;
         stream.write_all(request(port).as_bytes()).await?;
         let mut line = Vec::new();
-        loop {
-            let mut byte = [0];
-            if stream.read(&mut byte).await? == 0 || byte[0] == b'\n' {
-                break;
-            }
+        let mut byte = [0];
+        while line.len() <= LONGEST_ANSWER && stream.read(&mut byte).await? == 1 && byte[0] != b'\n'
+        {
             line.push(byte[0]);
-            if line.len() > LONGEST_ANSWER {
-                break;
-            }
         }
         accepted(&line, path)?;
         Ok(stream)

@@ -1,0 +1,1 @@
+//! A driver without machines, for tests of what is above this crate.

@@ -1,0 +1,181 @@
+//! QEMU's command line, as a pure function of what is asked.
+//!
+//! Chosen so that a guest boots soon: under emulation each device that a kernel probes costs it milliseconds. What was
+//! measured is told at the options.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::Path;
+
+use crate::back_ends::Sockets;
+use crate::qemu::SLOTS;
+use crate::{Acceleration, VmSpec};
+
+/// The descriptors that QEMU inherits.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Inherited {
+    /// A connected socket, for its monitor.
+    pub(super) qmp: RawFd,
+    /// The writing end of a pipe, for what the guest writes to its serial console.
+    pub(super) console: RawFd,
+}
+
+/// The kernel's parameters on every machine.
+///
+/// - `panic=-1 reboot=t`: a panic or reboot is a triple fault at once, at which QEMU ends (`-no-reboot`).
+/// - `cryptomgr.notests`: the kernel's self-tests of ciphers are a fifth of an emulated boot.
+/// - `random.trust_cpu=on`: or the first reader of random numbers waits for entropy.
+/// - `i8042.*`: there is no keyboard to look for.
+const KERNEL: &str = "console=ttyS0 quiet panic=-1 reboot=t cryptomgr.notests random.trust_cpu=on \
+                      no_timer_check tsc=reliable audit=0 i8042.noaux i8042.nokbd";
+
+/// The kernel's parameters where memory can be added: it is used as soon as it is there, movable as far as the
+/// kernel's own needs leave room, so that it can be taken away again.
+const KERNEL_MEMORY: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+
+/// The emulator's cache of translated code, in MiB: a bound, taken only as it fills. Booting takes some 40.
+const TRANSLATION_CACHE: u32 = 256;
+
+/// The command line, without the program's name.
+pub(super) fn arguments(spec: &VmSpec, sockets: &Sockets, fds: Inherited) -> Vec<OsString> {
+    let mut line = Line::default();
+    line.words(&["-no-user-config", "-nodefaults", "-nographic", "-no-reboot", "-S"]);
+    line.option(
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    );
+    machine(spec, &mut line);
+    memory(spec, &mut line);
+    line.option("-kernel", &spec.kernel);
+    line.option("-initrd", &spec.initrd);
+    line.option("-append", kernel_parameters(spec));
+
+    let Inherited { qmp, console } = fds;
+    line.option("-chardev", format!("socket,id=qmp,fd={qmp}"));
+    line.option("-mon", "chardev=qmp,mode=control");
+    line.option("-add-fd", format!("fd={console},set=1"));
+    line.option("-chardev", "file,id=console,path=/dev/fdset/1,append=on");
+    line.option("-serial", "chardev:console");
+    devices(spec, sockets, &mut line);
+    line.words
+}
+
+fn machine(spec: &VmSpec, line: &mut Line) {
+    line.option(
+        "-machine",
+        "q35,memory-backend=memory,sata=off,smbus=off,hpet=off,i8042=off,vmport=off,smm=off,usb=off,graphics=off",
+    );
+    // Native PCIe hot-plug: a device shows up in 0.1 s, where ACPI's takes an emulated guest a second.
+    line.option("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
+    match spec.acceleration {
+        Acceleration::Kvm => {
+            line.option("-accel", "kvm");
+            line.option("-cpu", "host,pmu=off");
+        }
+        Acceleration::Tcg => {
+            line.option("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE}"));
+            line.option("-cpu", "max");
+        }
+    }
+    let (cpus, most) = (spec.vcpus, spec.max_vcpus.max(spec.vcpus));
+    // A socket each: x86's unit of hot-plug that needs no knowledge of its neighbours.
+    line.option("-smp", format!("{cpus},sockets={most},cores=1,threads=1,maxcpus={most}"));
+}
+
+fn memory(spec: &VmSpec, line: &mut Line) {
+    let size = spec.memory_mib;
+    // Shared, as the device process must see it.
+    line.option("-object", format!("memory-backend-memfd,id=memory,size={size}M,share=on"));
+    match extra_memory(spec) {
+        0 => line.option("-m", format!("{size}M")),
+        extra => {
+            line.option("-m", format!("{size}M,maxmem={}M", size + extra));
+            line.option(
+                "-object",
+                format!("memory-backend-memfd,id=extra,size={extra}M,share=on,reserve=off"),
+            );
+        }
+    }
+}
+
+/// How many MiB can be added: what the spec says, in whole blocks of Linux's memory hot-plug.
+pub(super) fn extra_memory(spec: &VmSpec) -> u32 {
+    const BLOCK: u32 = 128;
+    spec.max_memory_mib.saturating_sub(spec.memory_mib) / BLOCK * BLOCK
+}
+
+fn kernel_parameters(spec: &VmSpec) -> String {
+    let mut parameters = KERNEL.to_owned();
+    if extra_memory(spec) > 0 {
+        parameters.extend([" ", KERNEL_MEMORY]);
+    }
+    if !spec.cmdline.is_empty() {
+        parameters.extend([" ", &*spec.cmdline]);
+    }
+    parameters
+}
+
+fn devices(spec: &VmSpec, sockets: &Sockets, line: &mut Line) {
+    let socket =
+        |id: &str, path: &Path| option_with_path(&format!("socket,id={id},path="), path, "");
+    line.option("-chardev", socket("vsock", &sockets.vsock));
+    line.option("-device", "vhost-user-vsock-pci,id=vsock,chardev=vsock,disable-legacy=on");
+    if let Some(share) = &spec.share {
+        line.option("-chardev", socket("fs", &sockets.fs));
+        let tag = share.tag.replace(',', ",,");
+        line.option(
+            "-device",
+            format!("vhost-user-fs-pci,id=fs,chardev=fs,tag={tag},queue-size=1024"),
+        );
+    }
+    line.option("-object", "rng-builtin,id=random");
+    line.option("-device", "virtio-rng-pci,id=rng,rng=random,disable-legacy=on");
+    // Memory that the guest frees goes back to the host.
+    line.option(
+        "-device",
+        "virtio-balloon-pci,id=balloon,free-page-reporting=on,deflate-on-oom=on,disable-legacy=on",
+    );
+    if extra_memory(spec) > 0 {
+        line.option(
+            "-device",
+            "virtio-mem-pci,id=mem,memdev=extra,requested-size=0,disable-legacy=on",
+        );
+    }
+    for slot in 0..SLOTS {
+        // All in one device of the root bus: eight functions are probed faster than eight devices.
+        let (device, function) = (0x1c - slot / 8, slot % 8);
+        line.option(
+            "-device",
+            format!(
+                "pcie-root-port,id=port{slot},chassis={},slot={slot},addr={device:#x}.{function},multifunction=on,io-reserve=0",
+                slot + 1
+            ),
+        );
+    }
+}
+
+/// A comma ends an option's value; two are one.
+fn option_with_path(before: &str, path: &Path, after: &str) -> OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let mut bytes = before.as_bytes().to_vec();
+    for &byte in path.as_os_str().as_bytes() {
+        bytes.extend_from_slice(if byte == b',' { b",," } else { std::slice::from_ref(&byte) });
+    }
+    bytes.extend_from_slice(after.as_bytes());
+    OsString::from_vec(bytes)
+}
+
+#[derive(Default)]
+struct Line {
+    words: Vec<OsString>,
+}
+
+impl Line {
+    fn words(&mut self, words: &[&str]) {
+        self.words.extend(words.iter().map(OsString::from));
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<OsString>) {
+        self.words.extend([name.into(), value.into()]);
+    }
+}

@@ -1,0 +1,104 @@
+//! Giving a running machine more, or fewer, vCPUs and memory.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::NAME;
+use super::vm::QemuVm;
+use crate::Error;
+
+/// For the guest to take or give memory. What it has not done by then it may still do later.
+const MEMORY: Duration = Duration::from_secs(30);
+
+const MIB: u64 = 1 << 20;
+
+/// One line of `query-hotpluggable-cpus`.
+#[derive(Debug, Deserialize)]
+struct CpuSlot {
+    r#type: String,
+    props: Value,
+    /// There where a vCPU is in it.
+    #[serde(rename = "qom-path")]
+    qom_path: Option<String>,
+}
+
+impl QemuVm {
+    /// Adds or removes vCPUs. Those of the boot stay.
+    pub(super) async fn resize_vcpus(&mut self, wanted: u32) -> Result<(), Error> {
+        const OPERATION: &str = "change the number of vCPUs";
+        let wanted = wanted.clamp(1, self.shape.max_vcpus);
+        if wanted == self.shape.vcpus {
+            return Ok(());
+        }
+        let slots = self.command(OPERATION, "query-hotpluggable-cpus", json!({})).await?;
+        let mut slots: Vec<CpuSlot> = serde_json::from_value(slots).map_err(|error| {
+            Error::Refused { driver: NAME, operation: OPERATION, message: error.to_string() }
+        })?;
+        // QEMU lists the highest first.
+        slots.reverse();
+        let present = slots.iter().filter(|slot| slot.qom_path.is_some()).count();
+        self.shape.vcpus = u32::try_from(present).unwrap_or(u32::MAX);
+        for (number, slot) in slots.iter().enumerate() {
+            if self.shape.vcpus >= wanted {
+                break;
+            }
+            if slot.qom_path.is_none() {
+                let mut options = slot.props.clone();
+                options["driver"] = slot.r#type.clone().into();
+                options["id"] = cpu(number).into();
+                self.command(OPERATION, "device_add", options).await?;
+                self.shape.vcpus += 1;
+            }
+        }
+        for (number, slot) in slots.iter().enumerate().rev() {
+            if self.shape.vcpus <= wanted {
+                break;
+            }
+            // Those of the boot have no id of ours, and no way out.
+            if slot
+                .qom_path
+                .as_ref()
+                .is_some_and(|path| path.ends_with(&format!("/{}", cpu(number))))
+            {
+                self.unplug(OPERATION, &cpu(number)).await?;
+                self.shape.vcpus -= 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the guest to take or give memory until the machine has `wanted` MiB, and waits for it.
+    pub(super) async fn resize_memory(&mut self, wanted: u32) -> Result<(), Error> {
+        const OPERATION: &str = "change the size of the memory";
+        // The device's unit is 2 MiB.
+        let extra = wanted.saturating_sub(self.shape.base_memory_mib).next_multiple_of(2);
+        let extra = extra.min(self.shape.max_extra_memory_mib);
+        if extra == self.shape.extra_memory_mib {
+            return Ok(());
+        }
+        let bytes = u64::from(extra) * MIB;
+        self.forget_events();
+        let property = json!({ "path": "mem", "property": "requested-size", "value": bytes });
+        self.command(OPERATION, "qom-set", property).await?;
+        let done = |name: &str, data: &Value| {
+            name == "MEMORY_DEVICE_SIZE_CHANGE"
+                && data.get("size").and_then(Value::as_u64) == Some(bytes)
+        };
+        match self.event(OPERATION, MEMORY, done).await {
+            // A guest that uses its memory cannot give it.
+            Ok(_) | Err(Error::Timeout { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let property = json!({ "path": "mem", "property": "size" });
+        let size = self.command(OPERATION, "qom-get", property).await?;
+        let mib = size.as_u64().unwrap_or_default() / MIB;
+        self.shape.extra_memory_mib = u32::try_from(mib).unwrap_or(extra);
+        Ok(())
+    }
+}
+
+fn cpu(number: usize) -> String {
+    format!("cpu{number}")
+}
