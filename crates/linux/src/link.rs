@@ -204,3 +204,21 @@ fn redirect_to(to: u32) -> [u8; 28] {
     parameters[24..].copy_from_slice(&to.to_ne_bytes());
     parameters
 }
+
+/// Whether a link has an ingress qdisc, or a clsact, which takes its place.
+///
+/// # Errors
+///
+/// What rtnetlink answers.
+pub fn has_ingress(index: u32) -> io::Result<bool> {
+    const RTM_GETQDISC: u16 = 38;
+    const TCM_IFINDEX: usize = 4;
+    const TCM_PARENT: usize = 12;
+    let word = |bytes: &[u8], at: usize| {
+        bytes.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_ne_bytes)
+    };
+    let all = Socket::open()?.dump(&Message::new(RTM_GETQDISC, 0, &traffic(index, 0, 0, 0)))?;
+    Ok(all.iter().any(|(_, bytes)| {
+        word(bytes, TCM_IFINDEX) == Some(index) && word(bytes, TCM_PARENT) == Some(INGRESS_PARENT)
+    }))
+}

@@ -2,15 +2,31 @@
 //!
 //! All functions act in the network namespace of the calling *thread*: the sandbox process lives in its container's;
 //! others call through [`linux::namespace::inside`]. Nothing here starts a program or is asynchronous.
+//!
+//! # How
+//!
+//! ```text
+//! the other end ── eth0 ──(ingress: redirect)──> tap ──> guest's NIC, with eth0's MAC and MTU
+//!               <───────  (ingress: redirect)──────── <──
+//! ```
+//!
+//! The link keeps its addresses, so that whoever manages the namespace finds it as it was made, but no frame gets to
+//! the namespace's own stack any more. Segmentation and checksum offloads pass both ways in the tap's virtio header.
 
 #![forbid(unsafe_code)]
 
-use std::io;
-use std::path::Path;
+mod attach;
+mod difference;
+mod scan;
+mod wire;
 
-use hypervisor::Device;
-use linux::ledger::Ledger;
+use std::io;
+
 use protocol::agent::{ConfigureNetworkRequest, Interface, Neighbor, Route};
+
+pub use attach::{attach, detach};
+pub use difference::{Difference, difference};
+pub use scan::scan;
 
 /// What a network namespace has that a guest is to get.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -21,7 +37,7 @@ pub struct Network {
     pub routes: Vec<Route>,
     /// Static entries of the ARP and neighbour tables.
     pub neighbors: Vec<Neighbor>,
-    /// Links that stay behind, and why.
+    /// Links, addresses and routes that stay behind, and why.
     pub skipped: Vec<Skipped>,
 }
 
@@ -40,24 +56,13 @@ pub struct Link {
     pub interface: Interface,
 }
 
-/// A link that stays behind.
+/// Something that stays behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Skipped {
-    /// Its name.
+    /// What: `link sit0`, `route 10.0.0.0/8`.
     pub name: String,
     /// Why, as a half sentence: `it is a tunnel`.
     pub reason: String,
-}
-
-/// What to do so that a guest that has the old network has the new one.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Difference {
-    /// Links to be attached.
-    pub added: Vec<Link>,
-    /// Links to be detached.
-    pub removed: Vec<Link>,
-    /// Whether the agent must be told anew: a link came or went, or addresses, routes or neighbours changed.
-    pub configuration: bool,
 }
 
 /// A failure with a network.
@@ -66,21 +71,60 @@ pub struct Difference {
 pub enum Error {
     /// The kernel refused.
     #[error("cannot {action}")]
-    Netlink {
+    Kernel {
         /// A verb phrase: `list the links`.
         action: String,
         /// What it said.
         source: io::Error,
     },
-}
-
-/// The network of the calling thread's namespace, as it is now.
-///
-/// # Errors
-///
-/// [`Error::Netlink`], and the clashes that no guest could sort out.
-pub fn scan() -> Result<Network, Error> {
-    Ok(Network::default())
+    /// A link went away while it was being moved.
+    #[error("network link {name} went away while it was being given to the guest")]
+    Gone {
+        /// Its name.
+        name: String,
+    },
+    /// The guest could not tell two links apart.
+    #[error(
+        "network links {first} and {second} have the same MAC address {mac}; a guest finds its links by it. Give one of \
+         them another (two ipvlan links of one parent always share it: use macvlan)"
+    )]
+    SameMac {
+        /// One.
+        first: String,
+        /// The other.
+        second: String,
+        /// Their address.
+        mac: String,
+    },
+    /// Somebody else on the link has an address of ours.
+    #[error("address {address} of network link {name} is another host's already")]
+    AddressTaken {
+        /// The address.
+        address: String,
+        /// The link that has it.
+        name: String,
+    },
+    /// No tap can have the link's MTU.
+    #[error(
+        "the MTU {mtu} of network link {name} is larger than {most}, the largest that a guest's link can have"
+    )]
+    Mtu {
+        /// The link.
+        name: String,
+        /// Its MTU.
+        mtu: u32,
+        /// The largest possible.
+        most: u32,
+    },
+    /// Somebody's traffic control is in the way.
+    #[error(
+        "network link {name} has ingress traffic control already; is another sandbox using this network namespace, or \
+         was one not deleted?"
+    )]
+    Busy {
+        /// The link.
+        name: String,
+    },
 }
 
 impl Network {
@@ -102,38 +146,10 @@ impl Link {
     pub fn device_id(&self) -> String {
         format!("net{}", self.index)
     }
-}
 
-/// Makes a tap beside `link` and lets all frames pass between them. What it takes from the namespace, `netns` (a path
-/// by which a later process can find it), goes into `ledger` before. Closing the tap's fds removes the tap; the link's
-/// ingress qdisc goes with the namespace or by [`detach`] or by the ledger.
-///
-/// # Errors
-///
-/// [`Error`]; nothing then is left behind.
-pub fn attach(link: &Link, netns: &Path, ledger: &mut Ledger) -> Result<Device, Error> {
-    let _ = (netns, ledger);
-    Ok(Device::Network {
-        id: link.device_id(),
-        mac: link.mac,
-        mtu: link.interface.mtu,
-        tap: Vec::new(),
-    })
-}
-
-/// Undoes [`attach`], after the hypervisor has let the device go. What is not there any more is a success.
-///
-/// # Errors
-///
-/// [`Error::Netlink`].
-pub fn detach(link: &Link) -> Result<(), Error> {
-    let _ = link;
-    Ok(())
-}
-
-/// What has changed between two scans. Pure.
-#[must_use]
-pub fn difference(old: &Network, new: &Network) -> Difference {
-    let _ = (old, new);
-    Difference::default()
+    /// Its name, in the namespace as in the guest.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.interface.name
+    }
 }
