@@ -403,7 +403,83 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::{MountInfo, parse};
+    use super::{
+        Attributes, MountInfo, bind, is_mount_point, list, parse, pivot, set_attributes, share,
+        tmpfs, touch, unmount, unmount_all,
+    };
+    use crate::namespace::unshare_mounts;
+    use std::fs;
+    use std::path::Path;
+
+    /// Runs `test` on a thread with mounts of its own, with an empty directory.
+    fn with_mounts(test: impl FnOnce(&Path) + Send) {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: needs root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                unshare_mounts().unwrap();
+                test(dir.path());
+            });
+        });
+    }
+
+    #[test]
+    fn stacked_mounts_are_all_unmounted_and_nothing_mounted_is_a_success() {
+        with_mounts(|dir| {
+            for _ in 0..3 {
+                tmpfs(dir, 0o700, Some(1 << 20)).unwrap();
+            }
+            assert!(is_mount_point(dir).unwrap());
+            let mounted = list().unwrap();
+            assert_eq!(mounted.iter().filter(|mount| mount.target == dir).count(), 3);
+            unmount_all(dir).unwrap();
+            assert!(!is_mount_point(dir).unwrap());
+            unmount_all(dir).unwrap();
+            unmount(&dir.join("not/there")).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_file_is_bound_read_only_on_an_empty_one() {
+        with_mounts(|dir| {
+            let (source, target) = (dir.join("source"), dir.join("target"));
+            fs::write(&source, "text").unwrap();
+            drop(touch(&target).unwrap());
+            bind(&source, &target, false).unwrap();
+            set_attributes(&target, Attributes::READ_ONLY, false).unwrap();
+            assert_eq!(fs::read_to_string(&target).unwrap(), "text");
+            assert!(fs::write(&target, "x").is_err());
+            fs::write(&source, "more").unwrap();
+        });
+    }
+
+    #[test]
+    fn a_shared_directory_is_a_mount_point_that_tells_its_copies_only() {
+        with_mounts(|dir| {
+            share(dir).unwrap();
+            share(dir).unwrap();
+            let mounted = list().unwrap();
+            let here: Vec<_> = mounted.iter().filter(|mount| mount.target == dir).collect();
+            let [mount] = here[..] else { panic!("{here:?}") };
+            assert!(mount.tags.iter().any(|tag| tag.starts_with("shared:")), "{:?}", mount.tags);
+            assert!(!mount.tags.iter().any(|tag| tag.starts_with("master:")), "{:?}", mount.tags);
+        });
+    }
+
+    #[test]
+    fn a_new_root_is_all_there_is() {
+        with_mounts(|dir| {
+            tmpfs(dir, 0o755, None).unwrap();
+            fs::write(dir.join("marker"), "").unwrap();
+            pivot(dir).unwrap();
+            let names: Vec<_> =
+                fs::read_dir("/").unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            assert_eq!(names, ["marker"]);
+        });
+    }
 
     #[test]
     fn a_mountinfo_line_is_parsed_with_its_escapes_and_any_number_of_tags() {

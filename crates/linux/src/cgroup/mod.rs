@@ -41,8 +41,6 @@ pub enum Driver {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
     directories: Vec<Directory>,
-    /// The transient unit that systemd made for it.
-    unit: Option<String>,
 }
 
 /// The cgroup in one hierarchy.
@@ -164,7 +162,7 @@ impl Cgroup {
         for (hierarchy, directory) in hierarchies.iter().zip(&directories) {
             hierarchy.make(directory)?;
         }
-        let cgroup = Self { directories, unit: unit.map(|unit| unit.name) };
+        let cgroup = Self { directories };
         cgroup.add(first)?;
         Ok(cgroup)
     }
@@ -181,7 +179,7 @@ impl Cgroup {
             .iter()
             .filter_map(|hierarchy| hierarchy.directory_of(&text))
             .collect();
-        Ok(Self { directories, unit: None })
+        Ok(Self { directories })
     }
 
     /// Its directory in every hierarchy.

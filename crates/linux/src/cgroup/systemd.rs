@@ -23,7 +23,7 @@ pub(super) struct Unit {
     /// The slice it is in: `machine.slice`.
     slice: String,
     /// Its full name: `libpod-abc.scope`.
-    pub name: String,
+    name: String,
 }
 
 impl Unit {

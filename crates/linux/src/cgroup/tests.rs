@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Stdio;
 
+use super::hierarchy::Hierarchy;
 use super::{Cgroup, Driver, Error, Limits, remove_directory};
 use crate::ThisHost;
 use crate::ledger::Ledger;
@@ -19,8 +20,15 @@ struct Fixture {
 
 impl Fixture {
     fn new(name: &str) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() || super::hierarchy::mounted().is_err() {
-            println!("SKIPPED: needs root and a cgroup hierarchy");
+        Self::in_those(name, |_| true)
+    }
+
+    /// In those hierarchies only that `wanted` picks.
+    fn in_those(name: &str, wanted: impl Fn(&Hierarchy) -> bool) -> Option<Self> {
+        let mut hierarchies = super::hierarchy::mounted().unwrap_or_default();
+        hierarchies.retain(wanted);
+        if !rustix::process::geteuid().is_root() || hierarchies.is_empty() {
+            println!("SKIPPED: needs root and such a cgroup hierarchy");
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -28,7 +36,8 @@ impl Fixture {
         let sleeper = sleeper();
         let path = format!("/kata-test-{name}-{}", std::process::id());
         let mut open = Ledger::open(&ledger).unwrap();
-        let made = Cgroup::create(&path, Driver::Cgroupfs, sleeper.pid(), &mut open);
+        let driver = Driver::Cgroupfs;
+        let made = Cgroup::create_in(&hierarchies, &path, driver, sleeper.pid(), &mut open);
         match made {
             Ok(cgroup) => Some(Self { cgroup, sleeper, ledger, _dir: dir }),
             Err(Error::Host { source, .. })
@@ -47,6 +56,13 @@ impl Fixture {
         for directory in self.cgroup.directories() {
             assert!(!directory.path.exists(), "{}", directory.path.display());
         }
+    }
+}
+
+/// Whatever a failed test has left.
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        self.cgroup.remove().unwrap();
     }
 }
 
@@ -139,4 +155,46 @@ fn systemd_is_asked_for_in_vain_where_it_does_not_run() {
     let path = "machine.slice:kata:no-such";
     let error = Cgroup::create(path, Driver::Systemd, 1, &mut ledger).unwrap_err();
     assert!(error.to_string().contains("without --systemd-cgroup"), "{error}");
+}
+
+#[test]
+fn the_unified_hierarchy_alone_freezes_counts_and_kills() {
+    let name = "unified";
+    let Some(fixture) = Fixture::in_those(name, |hierarchy| hierarchy.unified) else { return };
+    assert_eq!(fixture.cgroup.directories().len(), 1);
+    let below = fixture.cgroup.directories()[0].path.join("below");
+    fs::create_dir(&below).unwrap();
+    fs::write(below.join("cgroup.procs"), fixture.sleeper.pid().to_string()).unwrap();
+    assert_eq!(fixture.cgroup.pids().unwrap(), [fixture.sleeper.pid()]);
+    fixture.cgroup.freeze().unwrap();
+    fixture.cgroup.thaw().unwrap();
+    fixture.cgroup.freeze().unwrap();
+    fixture.end();
+}
+
+#[test]
+fn v1_hierarchies_alone_freeze_count_and_kill() {
+    let Some(fixture) = Fixture::in_those("v1", |hierarchy| !hierarchy.unified) else { return };
+    fixture.cgroup.freeze().unwrap();
+    fixture.cgroup.thaw().unwrap();
+    assert_eq!(fixture.cgroup.usage().pids, u64::from(fixture.cgroup.controller("pids").is_some()));
+    fixture.cgroup.freeze().unwrap();
+    fixture.end();
+}
+
+#[test]
+fn a_cgroup_with_somebodys_processes_is_joined_and_left() {
+    let Some(mut fixture) = Fixture::new("shared") else { return };
+    let theirs = fixture.cgroup.clone();
+    let path = format!("/kata-test-shared-{}", std::process::id());
+    let dir = tempfile::tempdir().unwrap();
+    let mut ours = Ledger::open(&dir.path().join("ledger")).unwrap();
+    let mut second = sleeper();
+    Cgroup::create(&path, Driver::Cgroupfs, second.pid(), &mut ours).unwrap();
+    assert_eq!(theirs.pids().unwrap().len(), 2);
+    ours.settle(&ThisHost).unwrap();
+    assert_eq!(theirs.pids().unwrap().len(), 2);
+    theirs.remove().unwrap();
+    assert!(!second.wait().unwrap().success());
+    fixture.sleeper.wait().unwrap();
 }
