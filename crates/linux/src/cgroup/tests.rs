@@ -198,3 +198,30 @@ fn a_cgroup_with_somebodys_processes_is_joined_and_left() {
     assert!(!second.wait().unwrap().success());
     fixture.sleeper.wait().unwrap();
 }
+
+#[test]
+fn a_process_can_remove_the_cgroup_that_it_is_in_itself() {
+    if !rustix::process::geteuid().is_root() || super::hierarchy::mounted().is_err() {
+        println!("SKIPPED: needs root and a cgroup hierarchy");
+        return;
+    }
+    // In a process of its own: all that the tests beside this one start would be killed too.
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "--ignored", "cgroup::tests::removes_its_own_cgroup"]);
+    assert!(command.spawn().unwrap().wait().unwrap().success());
+}
+
+#[test]
+#[ignore = "the test above runs it"]
+fn removes_its_own_cgroup() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut ledger = Ledger::open(&dir.path().join("ledger")).unwrap();
+    let path = format!("/kata-test-own-{}", std::process::id());
+    let own = std::process::id();
+    let cgroup = Cgroup::create(&path, Driver::Cgroupfs, own, &mut ledger).unwrap();
+    let mut sleeper = sleeper();
+    assert_eq!(cgroup.pids().unwrap().len(), 2);
+    ledger.settle(&ThisHost).unwrap();
+    assert!(!sleeper.wait().unwrap().success());
+    assert!(cgroup.directories().iter().all(|directory| !directory.path.exists()));
+}
