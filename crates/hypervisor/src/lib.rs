@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, watch};
 mod back_ends;
 mod detect;
 mod error;
+#[cfg(feature = "fake")]
 pub mod fake;
 mod log;
 mod processes;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::NAME;
 use super::arguments::extra_memory;
@@ -28,6 +28,9 @@ const COMMAND: Duration = Duration::from_secs(30);
 /// For a device to be let go by the guest, whose kernel gives whoever pressed a slot's button five seconds to think
 /// again.
 const UNPLUG: Duration = Duration::from_mins(1);
+
+/// Between two looks at an indicator that blinks.
+const BLINK: Duration = Duration::from_millis(100);
 
 /// For the exit status of a QEMU that has closed its monitor.
 const EXIT: Duration = Duration::from_secs(10);
@@ -113,7 +116,19 @@ impl QemuVm {
         operation: &'static str,
         device: &str,
     ) -> Result<(), Error> {
-        self.command(operation, "device_del", json!({ "id": device })).await?;
+        let deadline = Instant::now() + UNPLUG;
+        loop {
+            match self.command(operation, "device_del", json!({ "id": device })).await {
+                // The slot of a device that was just added: its indicator blinks until the guest has powered it on,
+                // and QEMU tells nobody when that is.
+                Err(Error::Refused { message, .. })
+                    if message.contains("guest is busy") && Instant::now() < deadline =>
+                {
+                    sleep(BLINK).await;
+                }
+                outcome => break drop(outcome?),
+            }
+        }
         let gone = |name: &str, data: &Value| {
             name == "DEVICE_DELETED" && data.get("device").is_some_and(|id| id == device)
         };
