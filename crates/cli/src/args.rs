@@ -277,14 +277,14 @@ pub(crate) struct Update {
     /// Memory nodes of the host to use.
     #[arg(long)]
     pub(crate) cpuset_mems: Option<String>,
-    /// Most memory, in bytes; -1: no limit.
-    #[arg(long, allow_hyphen_values = true)]
+    /// Most memory, in bytes or with a suffix as 64M; -1: no limit.
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory: Option<i64>,
     /// Memory that is reclaimed last, in bytes.
-    #[arg(long, allow_hyphen_values = true)]
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory_reservation: Option<i64>,
     /// Most memory and swap together, in bytes.
-    #[arg(long, allow_hyphen_values = true)]
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory_swap: Option<i64>,
     /// Most processes; -1: no limit.
     #[arg(long, allow_hyphen_values = true)]
@@ -294,6 +294,33 @@ pub(crate) struct Update {
     pub(crate) blkio_weight: Option<u16>,
     /// The container.
     pub(crate) id: String,
+}
+
+/// Bytes as go-units' `RAMInBytes`, which runc uses, takes them: `64M`, `1.5g`, `512 KiB`, `100`, `-1`.
+fn bytes(text: &str) -> Result<i64, String> {
+    let refused = || format!("{text:?} is not a size like 67108864 or 64M");
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic() || c == ' ');
+    let unit = text[number.len()..].trim().to_ascii_lowercase();
+    let shift = match unit.trim_end_matches('b').trim_end_matches('i') {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(refused()),
+    };
+    if let Ok(whole) = number.parse::<i64>() {
+        return whole.checked_mul(1 << shift).ok_or_else(refused);
+    }
+    let (whole, fraction) = number.split_once('.').ok_or_else(refused)?;
+    let digits = u32::try_from(fraction.len()).ok().filter(|&digits| digits <= 9);
+    let tenth = digits.map(|digits| 10_i64.pow(digits)).ok_or_else(refused)?;
+    let [whole, fraction] = [whole, fraction].map(|part| part.parse::<u32>().map(i64::from));
+    let (whole, fraction) = (whole.map_err(|_| refused())?, fraction.map_err(|_| refused())?);
+    let scaled = whole.checked_mul(1 << shift).ok_or_else(refused)?;
+    scaled
+        .checked_add((fraction << shift.min(30)) / tenth * (1 << (shift - shift.min(30))))
+        .ok_or_else(refused)
 }
 
 #[derive(Debug, Args)]
@@ -365,4 +392,33 @@ pub(crate) struct ImageBuild {
     /// Directories whose files are put over the guest's initial file system.
     #[arg(long, value_name = "DIR")]
     pub(crate) rootfs_overlay: Vec<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Cli, bytes};
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_read_as_runc_reads_them() {
+        for (text, expected) in [
+            ("100", 100),
+            ("-1", -1),
+            ("64M", 64 << 20),
+            ("64mb", 64 << 20),
+            ("512 KiB", 512 << 10),
+            ("1.5g", 3 << 29),
+            ("2T", 2 << 40),
+        ] {
+            assert_eq!(bytes(text), Ok(expected), "{text}");
+        }
+        for bad in ["", "M", "64X", "1.2.3", "9999999999T", "1,5g"] {
+            assert!(bytes(bad).is_err(), "{bad:?}");
+        }
+    }
 }
