@@ -137,7 +137,7 @@ pub(crate) fn features() -> Value {
         ],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
-            "capabilities": GUEST_CAPABILITIES,
+            "capabilities": GUEST_CAPABILITIES.as_slice(),
             "cgroup": {"v1": true, "v2": true, "systemd": true, "systemdUser": false, "rdma": false},
             "seccomp": {
                 "enabled": true,
