@@ -28,9 +28,6 @@ mod vsock;
 use descriptors::Descriptors;
 pub use error::Error;
 
-/// Threads that serve files beside the one that reads requests; 0: that one does.
-const FS_THREADS: usize = 0;
-
 /// What a device process serves. Passed as JSON in its last argument; file descriptors are inherited, by number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -78,11 +75,12 @@ pub struct Fs {
 pub fn serve(config: Config) -> Result<(), Error> {
     let descriptors = Descriptors::inherit(&config)?;
     log_line::start();
+    log_line::end_on_panic();
     let opened = jail::enter(config.fs.as_ref().map(|fs| fs.directory.as_path()))?;
     seccomp::limit(config.fs.is_some())?;
     let (report, end) = mpsc::channel();
     if let Some(listener) = descriptors.fs_listener {
-        fs::start(listener.into(), opened, FS_THREADS, report.clone())?;
+        fs::start(listener.into(), opened, report.clone())?;
     }
     let (listener, streams) = (descriptors.vsock_listener, descriptors.streams_listener);
     let host_streams = descriptors.host_streams;

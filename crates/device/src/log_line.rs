@@ -39,3 +39,11 @@ pub(crate) fn start() {
         log::set_max_level(LevelFilter::Warn);
     }
 }
+
+/// Has a panic of any thread end the process: a device that lost a thread would be silent for ever.
+pub(crate) fn end_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        log::error!("{panic}");
+        std::process::abort();
+    }));
+}

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::env::consts::ARCH;
 
 use libc::{
-    AF_UNIX, CLONE_FS, CLONE_THREAD, FIONBIO, PR_CAPBSET_READ, PR_SET_NAME, PROT_EXEC, c_long,
+    AF_UNIX, CLONE_THREAD, FIONBIO, PR_CAP_AMBIENT, PR_CAPBSET_READ, PR_SET_NAME, PROT_EXEC, c_long,
 };
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -173,12 +173,12 @@ fn limited() -> Result<Rules, seccompiler::BackendError> {
             vec![
                 only(0, SeccompCmpOp::Eq, PR_SET_NAME)?,
                 only(0, SeccompCmpOp::Eq, PR_SET_VMA)?,
+                // libcap-ng looks at all sets before it changes one.
                 only(0, SeccompCmpOp::Eq, PR_CAPBSET_READ)?,
+                only(0, SeccompCmpOp::Eq, PR_CAP_AMBIENT)?,
             ],
         ),
         (libc::SYS_socketpair, vec![only(0, SeccompCmpOp::Eq, AF_UNIX)?]),
-        // Each thread that serves files gets a working directory of its own.
-        (libc::SYS_unshare, vec![only(0, SeccompCmpOp::Eq, CLONE_FS)?]),
     ]))
 }
 

@@ -8,12 +8,16 @@ use std::time::Duration;
 
 use vhost_user_backend::VhostUserDaemon;
 use virtiofsd::passthrough::{self, CachePolicy, PassthroughFs};
-use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
+use virtiofsd::server::Server;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Error;
 use crate::frontend::serve_until_hang_up;
 use crate::jail::Opened;
+
+mod backend;
+
+use backend::Backend;
 
 /// How long the guest may believe what it was told of a file without asking again: the host may change it, seldom.
 const BELIEF: Duration = Duration::from_secs(1);
@@ -29,16 +33,12 @@ const RESERVED: u64 = 509 + 1024 + 64;
 pub(crate) fn start(
     listener: UnixListener,
     opened: Opened,
-    threads: usize,
     report: Sender<Result<(), Error>>,
 ) -> Result<(), Error> {
-    let fs = PassthroughFs::new(config(opened)).map_err(|error| failed(error.into()))?;
-    let backend = VhostUserFsBackendBuilder::default()
-        .set_thread_pool_size(threads)
-        .build(fs)
-        .map_err(|error| failed(error.into()))?;
+    let files = PassthroughFs::new(config(opened)).map_err(|error| failed(error.into()))?;
+    let backend = Arc::new(Backend::new(Server::new(files), report.clone()));
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-    let mut daemon = VhostUserDaemon::new("fs".into(), Arc::new(backend), memory)
+    let mut daemon = VhostUserDaemon::new("fs".into(), backend, memory)
         .map_err(|error| failed(error.to_string().into()))?;
     let serve = move || {
         if let Err(error) = serve_until_hang_up(&mut daemon, listener) {
