@@ -12,6 +12,7 @@ use protocol::paths;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::process::{Resource, Rlimit};
 use rustix::system::RebootCommand;
 
 use crate::containers::Containers;
@@ -22,6 +23,9 @@ use crate::{cgroup, console, network, rpc, uevent};
 
 /// The modules to load: an absolute path a line, in order.
 const MODULES: &str = "/etc/kata/modules";
+
+/// How many files a process may open: as service managers set it on hosts.
+const FILES: u64 = 1 << 20;
 
 /// Runs the guest; ends only by powering it off.
 pub(crate) fn main(started: Duration) -> ExitCode {
@@ -59,14 +63,18 @@ async fn serve(started: Duration) -> Result<(), Error> {
     let reaper = Arc::new(Reaper::default());
     let reaping = reaper.start()?;
     let streams = Arc::new(Streams::default());
-    streams.listen()?;
+    let listening = streams.listen()?;
     let containers = Arc::new(Containers::new(reaper, Arc::clone(&streams)));
     let events = uevent::Events::open()?;
     let server = rpc::serve(containers, started).await?;
     tokio::spawn(uevent::announce(events));
-    let ended = reaping.await;
+    let error = tokio::select! {
+        ended = reaping => ("reap processes", ended),
+        ended = listening => ("take streams", ended),
+    };
     drop(server);
-    Err(Error::guest("reap processes", ended.map_or_else(io::Error::other, |error| error)))
+    let (action, ended) = error;
+    Err(Error::guest(action, ended.unwrap_or_else(io::Error::other)))
 }
 
 fn prepare() -> Result<(), Error> {
@@ -77,6 +85,10 @@ fn prepare() -> Result<(), Error> {
     write("/proc/sys/kernel/printk", "3 4 1 3")?;
     load_modules(Path::new(MODULES))?;
     settings();
+    // A container's process costs the agent a few; and what the spec does not limit, processes inherit.
+    let files = Rlimit { current: Some(FILES), maximum: Some(FILES) };
+    rustix::process::setrlimit(Resource::Nofile, files)
+        .doing(|| "raise the limit of open files".to_owned())?;
     cgroup::prepare()?;
     for directory in [paths::RUN, paths::CONTAINERS, paths::SHARE] {
         fs::create_dir_all(directory).doing(|| format!("make {directory}"))?;
@@ -175,9 +187,6 @@ fn settings() {
         ("/proc/sys/kernel/panic", "1"),
         ("/proc/sys/net/ipv4/ip_forward", "1"),
         ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
-        // Addresses come from the host, and only from there.
-        ("/proc/sys/net/ipv6/conf/default/accept_ra", "0"),
-        ("/proc/sys/net/ipv6/conf/default/accept_dad", "0"),
     ] {
         drop(fs::write(path, value));
     }

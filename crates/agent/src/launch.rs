@@ -20,7 +20,7 @@ use crate::init::request::{Report, Request, Role, START};
 use crate::sys;
 
 /// How long a container may take to be set up. Its file systems may be slow, but not for ever.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_mins(1);
 
 const KILLED: &str = "the process was killed while it was set up";
 
@@ -136,7 +136,7 @@ impl Control {
 
     /// The next report, with the fd attached to it; nothing when the other side has gone. Cancel safe.
     async fn receive(&self) -> Result<Option<(Report, Option<OwnedFd>)>, Error> {
-        let received = self.0.async_io(Interest::READABLE, |socket| receive(socket)).await;
+        let received = self.0.async_io(Interest::READABLE, receive).await;
         received.doing(|| "hear from the process that sets up containers".to_owned())
     }
 }

@@ -86,21 +86,24 @@ impl Reaper {
     async fn run(self: Arc<Self>, mut ended: Signal) -> io::Error {
         loop {
             // One signal may stand for many processes, and some may have ended before the first.
-            loop {
-                match rustix::process::wait(WaitOptions::NOHANG) {
-                    Ok(Some((pid, status))) => {
-                        if let Some(status) = final_status(status) {
-                            self.deliver(pid.as_raw_nonzero().get().cast_unsigned(), status);
-                        }
-                    }
-                    Ok(None) | Err(rustix::io::Errno::CHILD) => break,
-                    Err(error) => return error.into(),
-                }
+            match self.reap() {
+                Ok(()) | Err(rustix::io::Errno::CHILD) => {}
+                Err(error) => return error.into(),
             }
             if ended.recv().await.is_none() {
                 return io::Error::other("no more signals come");
             }
         }
+    }
+
+    /// Takes the statuses of all that have ended.
+    fn reap(&self) -> rustix::io::Result<()> {
+        while let Some((pid, status)) = rustix::process::wait(WaitOptions::NOHANG)? {
+            if let Some(status) = final_status(status) {
+                self.deliver(pid.as_raw_nonzero().get().cast_unsigned(), status);
+            }
+        }
+        Ok(())
     }
 
     fn deliver(&self, pid: u32, status: Status) {

@@ -1,5 +1,7 @@
 //! From the OCI spec's resources, which are of cgroup version 1, to the files of version 2.
 
+use std::fmt::Display;
+
 use protocol::oci::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
 use crate::error::Error;
@@ -13,11 +15,11 @@ pub(crate) struct Setting {
     pub(crate) optional: bool,
 }
 
-fn setting(file: &str, value: impl ToString) -> Setting {
-    Setting { file: file.to_owned(), value: value.to_string(), optional: false }
+fn setting(file: &str, value: impl Display) -> Setting {
+    Setting { file: file.to_owned(), value: format!("{value}"), optional: false }
 }
 
-fn optional(file: &str, value: impl ToString) -> Setting {
+fn optional(file: &str, value: impl Display) -> Setting {
     Setting { optional: true, ..setting(file, value) }
 }
 

@@ -99,7 +99,7 @@ pub(crate) fn resources(json: &[u8]) -> Result<LinuxResources, Error> {
 #[cfg(test)]
 mod tests {
     use super::{check_id, container};
-    use protocol::oci::LinuxNamespaceType as Type;
+    use protocol::oci::{LinuxNamespace, LinuxNamespaceType as Type};
     use serde_json::json;
 
     #[test]
@@ -112,7 +112,7 @@ mod tests {
         });
         let spec = container(spec.to_string().as_bytes()).unwrap();
         let linux = spec.linux().as_ref().unwrap();
-        let kinds: Vec<_> = linux.namespaces().iter().flatten().map(|one| one.typ()).collect();
+        let kinds: Vec<_> = linux.namespaces().iter().flatten().map(LinuxNamespace::typ).collect();
         assert_eq!(kinds, [Type::Pid, Type::Mount, Type::Cgroup]);
     }
 

@@ -19,9 +19,9 @@ use rustix::pipe::PipeFlags;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
-use crate::console;
 use crate::error::{Doing, Error};
 use crate::sys;
 
@@ -32,7 +32,7 @@ const BLOCK: usize = 256 * 1024;
 const TOKEN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long an ended exec's streams can still be opened.
-const LATE: Duration = Duration::from_secs(60);
+const LATE: Duration = Duration::from_mins(1);
 
 /// Our end of a process's stream.
 #[derive(Debug)]
@@ -231,26 +231,22 @@ impl Streams {
         });
     }
 
-    /// Takes the host's streams from now on.
-    pub(crate) fn listen(self: &Arc<Self>) -> Result<(), Error> {
+    /// Takes the host's streams from now on; the task ends only with an error.
+    pub(crate) fn listen(self: &Arc<Self>) -> Result<JoinHandle<io::Error>, Error> {
         let address = VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT);
         let listener =
             VsockListener::bind(address).doing(|| format!("listen on vsock port {STREAM_PORT}"))?;
-        tokio::spawn(Arc::clone(self).accept(listener));
-        Ok(())
+        Ok(tokio::spawn(Arc::clone(self).accept(listener)))
     }
 
-    async fn accept(self: Arc<Self>, listener: VsockListener) {
+    /// Ends only with an error: without streams the guest is of no use.
+    async fn accept(self: Arc<Self>, listener: VsockListener) -> io::Error {
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
                     tokio::spawn(Arc::clone(&self).join(stream));
                 }
-                Err(error) => {
-                    console::err(&format!("kata-agent: cannot take a stream: {error}"));
-                    // Out of fds, most likely: leave the others the time to end.
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
+                Err(error) => return error,
             }
         }
     }

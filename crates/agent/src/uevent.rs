@@ -13,6 +13,9 @@ use crate::console;
 use crate::error::{Doing, Error};
 use crate::sys;
 
+/// The multicast group of what the kernel itself says.
+const KERNEL: u32 = 1;
+
 /// The kernel's uevents: netlink(7), `NETLINK_KOBJECT_UEVENT`.
 #[derive(Debug)]
 pub(crate) struct Events(AsyncFd<OwnedFd>);
@@ -28,7 +31,6 @@ impl Events {
             Some(netlink::KOBJECT_UEVENT),
         )
         .doing(action)?;
-        const KERNEL: u32 = 1;
         let address = netlink::SocketAddrNetlink::new(0, KERNEL);
         rustix::net::bind(&socket, &address).doing(action)?;
         Ok(Self(sys::watched(socket).doing(action)?))

@@ -1,5 +1,6 @@
 //! From root to what the spec's process may be.
 
+use std::collections::HashSet;
 use std::fs;
 
 use libcontainer::capabilities;
@@ -145,11 +146,11 @@ pub(super) fn load_seccomp(seccomp: &LinuxSeccomp) -> Result<(), Failure> {
 
 fn no_capabilities() -> LinuxCapabilities {
     let mut none = LinuxCapabilities::default();
-    none.set_bounding(Some(Default::default()))
-        .set_effective(Some(Default::default()))
-        .set_permitted(Some(Default::default()))
-        .set_inheritable(Some(Default::default()))
-        .set_ambient(Some(Default::default()));
+    none.set_bounding(Some(HashSet::default()))
+        .set_effective(Some(HashSet::default()))
+        .set_permitted(Some(HashSet::default()))
+        .set_inheritable(Some(HashSet::default()))
+        .set_ambient(Some(HashSet::default()));
     none
 }
 

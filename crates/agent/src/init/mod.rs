@@ -72,9 +72,13 @@ fn run(control: &OwnedFd, request: &Request) -> Result<ExitCode, Failure> {
             .during(|| format!("set oom_score_adj to {score}"))?;
     }
     become_user::set_rlimits(&request.process)?;
+    let mut sysfs = None;
     if let Role::Init(spec) = &request.role {
         // The network is the whole guest's: its settings need the guest's root, which a user namespace takes.
         rootfs::set_sysctls(spec, |name| name.starts_with("net."))?;
+        if rootfs::has_user_namespace(spec) {
+            sysfs = Some(mounts::guest_sysfs()?);
+        }
     }
     // Who shares a pid namespace with us shall not reach into a process of the guest's root.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
@@ -96,7 +100,7 @@ fn run(control: &OwnedFd, request: &Request) -> Result<ExitCode, Failure> {
             drop(opener);
             gate.read_exact(&mut [0]).during(|| "wait for the parent".to_owned())?;
             drop(gate);
-            become_program(control, request, new.user)
+            become_program(control, request, new.user, sysfs)
         }
     }
 }
@@ -107,7 +111,12 @@ fn enter_cgroup(request: &Request) -> Result<(), Failure> {
 }
 
 /// In the process that becomes the user's program.
-fn become_program(control: &OwnedFd, request: &Request, user: bool) -> Result<ExitCode, Failure> {
+fn become_program(
+    control: &OwnedFd,
+    request: &Request,
+    user: bool,
+    sysfs: Option<OwnedFd>,
+) -> Result<ExitCode, Failure> {
     if user {
         become_user::become_root()?;
     }
@@ -115,7 +124,8 @@ fn become_program(control: &OwnedFd, request: &Request, user: bool) -> Result<Ex
     let process = &request.process;
     match &request.role {
         Role::Init(spec) => {
-            let root = rootfs::build(spec)?;
+            let root = rootfs::build(spec, sysfs.as_ref())?;
+            drop(sysfs);
             if let Some(size) = request.terminal {
                 terminal::open(control, size, Some(&root))?;
             }

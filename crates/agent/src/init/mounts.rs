@@ -8,6 +8,7 @@ use libcontainer::syscall::linux::{AT_EMPTY_PATH, AT_RECURSIVE, MountAttr};
 use libcontainer::syscall::syscall::create_syscall;
 use nix::mount::MsFlags;
 use protocol::oci::Mount;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
 use super::failure::{During, Failure};
 use super::paths::{self, Make};
@@ -46,6 +47,10 @@ const CLEARING: [(&str, MsFlags); 4] = [
     ("exec", MsFlags::MS_NOEXEC),
 ];
 
+/// What a remount keeps. These have the same bits in statvfs(3) as in mount(2).
+const KEPT: MsFlags =
+    MsFlags::MS_RDONLY.union(MsFlags::MS_NOSUID).union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
+
 fn parse(mount: &Mount) -> Result<Options, Failure> {
     let mut propagation = Vec::new();
     let mut cleared = MsFlags::empty();
@@ -73,11 +78,18 @@ fn parse(mount: &Mount) -> Result<Options, Failure> {
     Ok(Options { flags, data: data.join(","), propagation, recursive: rec_attr, cleared, copy_up })
 }
 
-/// Makes one mount in the container's `root`.
+/// The guest's sysfs, for a container with a user namespace: the network namespace is the guest's, so the container
+/// may mount none. To be taken before the user namespace is entered.
+pub(super) fn guest_sysfs() -> Result<OwnedFd, Failure> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    rustix::mount::open_tree(rustix::fs::CWD, "/sys", flags).during(|| "copy /sys".to_owned())
+}
+
+/// Makes one mount in the container's `root`. Where there is a `sysfs`, that stands for every sysfs.
 pub(super) fn mount(
     root: BorrowedFd<'_>,
     mount: &Mount,
-    user_namespace: bool,
+    sysfs: Option<BorrowedFd<'_>>,
 ) -> Result<(), Failure> {
     let source = mount.source().as_deref().unwrap_or(Path::new("none"));
     let name = |failure: Failure| {
@@ -93,9 +105,8 @@ pub(super) fn mount(
             Some(kind) => kind,
             None => return Err(name(Failure("it has no type".to_owned()))),
         };
-        // The network namespace is the guest's, so a container's user namespace may not mount its sysfs.
-        if kind == "sysfs" && user_namespace {
-            bind(root, Path::new("/sys"), mount.destination(), &options).map_err(name)?;
+        if let (Some(sysfs), "sysfs") = (sysfs, kind) {
+            attach(root, sysfs, mount.destination(), &options).map_err(name)?;
         } else {
             fresh(root, kind, source, mount.destination(), &options).map_err(name)?;
         }
@@ -121,6 +132,23 @@ fn bind(
     remount(root, destination, wanted, options.cleared)
 }
 
+fn attach(
+    root: BorrowedFd<'_>,
+    tree: BorrowedFd<'_>,
+    destination: &Path,
+    options: &Options,
+) -> Result<(), Failure> {
+    let target = target(root, destination, Make::Directory)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(tree, "", &target, "", flags)
+        .during(|| "attach the guest's sysfs".to_owned())?;
+    // A copy of a shared mount shares what is mounted below it with the guest; not this one.
+    let mounted =
+        paths::find(root, destination).during(|| format!("open {}", destination.display()))?;
+    call(None, &mounted, None, MsFlags::MS_PRIVATE, None)?;
+    remount(root, destination, options.flags, options.cleared)
+}
+
 /// Gives the mount at `destination` the flags `wanted` beside those that it has, without those `cleared`.
 pub(super) fn remount(
     root: BorrowedFd<'_>,
@@ -130,11 +158,6 @@ pub(super) fn remount(
 ) -> Result<(), Failure> {
     let mounted =
         paths::find(root, destination).during(|| format!("open {}", destination.display()))?;
-    // These four have the same bits in statvfs(3) as in mount(2).
-    const KEPT: MsFlags = MsFlags::MS_RDONLY
-        .union(MsFlags::MS_NOSUID)
-        .union(MsFlags::MS_NODEV)
-        .union(MsFlags::MS_NOEXEC);
     let has = rustix::fs::fstatvfs(&mounted)
         .during(|| format!("look at the mount {}", destination.display()))?;
     let has = MsFlags::from_bits_truncate(has.f_flag.bits()) & KEPT & !cleared;

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, umount2};
-use protocol::oci::{LinuxNamespaceType, Spec};
+use protocol::oci::{self, LinuxNamespaceType, Spec};
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::failure::{During, Failure};
@@ -18,8 +18,9 @@ pub(super) struct Root {
     pub(super) fd: OwnedFd,
 }
 
-/// Mounts the root and all that belongs below it, in a mount namespace of the process's own.
-pub(super) fn build(spec: &Spec) -> Result<Root, Failure> {
+/// Mounts the root and all that belongs below it, in a mount namespace of the process's own. A container with a user
+/// namespace needs the guest's `sysfs`.
+pub(super) fn build(spec: &Spec, sysfs: Option<&OwnedFd>) -> Result<Root, Failure> {
     set_names(spec)?;
     set_sysctls(spec, |name| !name.starts_with("net."))?;
     let path = spec.root().as_ref().ok_or_else(|| Failure("the spec has no root".to_owned()))?;
@@ -47,16 +48,15 @@ pub(super) fn build(spec: &Spec) -> Result<Root, Failure> {
     let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, directory, Mode::empty())
         .during(|| format!("open the root filesystem {}", path.display()))?;
-    let user = has_user_namespace(spec);
     for mount in spec.mounts().iter().flatten() {
-        mounts::mount(fd.as_fd(), mount, user)?;
+        mounts::mount(fd.as_fd(), mount, sysfs.map(AsFd::as_fd))?;
     }
     // Who mounts a whole /dev brings its devices along.
     let dev_is_given = spec.mounts().iter().flatten().any(|mount| {
         mount.destination() == Path::new("/dev") && libcontainer::rootfs::utils::is_bind(mount)
     });
     if !dev_is_given {
-        devices::make(fd.as_fd(), spec, user)?;
+        devices::make(fd.as_fd(), spec, sysfs.is_some())?;
     }
     Ok(Root { fd })
 }
@@ -74,7 +74,7 @@ pub(super) fn seal(spec: &Spec, root: Root) -> Result<(), Failure> {
     for path in linux.and_then(|linux| linux.masked_paths().as_ref()).into_iter().flatten() {
         mask(&root, Path::new(path))?;
     }
-    if spec.root().as_ref().and_then(|root| root.readonly()) == Some(true) {
+    if spec.root().as_ref().and_then(oci::Root::readonly) == Some(true) {
         mounts::remount(root.fd.as_fd(), Path::new("/"), MsFlags::MS_RDONLY, MsFlags::empty())?;
     }
     enter(&root.fd)?;
@@ -196,7 +196,7 @@ fn has_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     })
 }
 
-fn has_user_namespace(spec: &Spec) -> bool {
+pub(super) fn has_user_namespace(spec: &Spec) -> bool {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     namespaces.into_iter().flatten().any(|one| one.typ() == LinuxNamespaceType::User)
 }
