@@ -179,3 +179,82 @@ impl Line {
         self.words.extend([name.into(), value.into()]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Inherited, arguments};
+    use crate::back_ends::Sockets;
+    use crate::{Acceleration, SharedDirectory, VmSpec};
+    use std::path::Path;
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            acceleration: Acceleration::Tcg,
+            vcpus: 1,
+            max_vcpus: 1,
+            memory_mib: 256,
+            max_memory_mib: 256,
+            kernel: "/image/vmlinux".into(),
+            initrd: "/image/initrd".into(),
+            cmdline: String::new(),
+            share: Some(SharedDirectory { tag: "kata".into(), path: "/share".into() }),
+            program: None,
+            device_program: ("/usr/bin/kata".into(), vec!["device".into()]),
+        }
+    }
+
+    /// The command line, an option a line.
+    fn lines(spec: &VmSpec, dir: &str) -> String {
+        let sockets = Sockets::of(Path::new(dir));
+        arguments(spec, &sockets, Inherited { qmp: 7, console: 9 })
+            .iter()
+            .map(|word| word.to_str().unwrap())
+            .map(
+                |word| if word.starts_with('-') { format!("\n{word}") } else { format!(" {word}") },
+            )
+            .collect::<String>()
+            .trim_start()
+            .to_owned()
+    }
+
+    #[test]
+    fn the_whole_command_line_under_emulation() {
+        assert_eq!(lines(&spec(), "/vm"), include_str!("golden/tcg.txt").trim_end());
+    }
+
+    #[test]
+    fn kvm_takes_the_hosts_cpu() {
+        let lines = lines(&VmSpec { acceleration: Acceleration::Kvm, ..spec() }, "/vm");
+        assert!(lines.contains("\n-accel kvm\n-cpu host,pmu=off\n"), "{lines}");
+        assert!(!lines.contains("tcg"), "{lines}");
+    }
+
+    #[test]
+    fn room_to_grow_is_there_from_the_start() {
+        let lines = lines(&VmSpec { max_vcpus: 4, max_memory_mib: 1200, ..spec() }, "/vm");
+        assert!(lines.contains("\n-smp 1,sockets=4,cores=1,threads=1,maxcpus=4\n"), "{lines}");
+        // Whole blocks of 128 MiB only: 7 of them.
+        assert!(lines.contains("\n-m 256M,maxmem=1152M\n"), "{lines}");
+        assert!(lines.contains("id=extra,size=896M,share=on,reserve=off"), "{lines}");
+        assert!(lines.contains("virtio-mem-pci"), "{lines}");
+        assert!(lines.contains("auto-movable"), "{lines}");
+    }
+
+    #[test]
+    fn no_share_no_virtio_fs() {
+        let lines = lines(&VmSpec { share: None, ..spec() }, "/vm");
+        assert!(!lines.contains("vhost-user-fs"), "{lines}");
+    }
+
+    #[test]
+    fn the_callers_kernel_parameters_come_last() {
+        let lines = lines(&VmSpec { cmdline: "agent.log=debug".into(), ..spec() }, "/vm");
+        assert!(lines.contains(" agent.log=debug\n"), "{lines}");
+    }
+
+    #[test]
+    fn a_comma_in_a_path_stays_in_the_path() {
+        let lines = lines(&spec(), "/a,b");
+        assert!(lines.contains("path=/a,,b/vhost-vsock.sock\n"), "{lines}");
+    }
+}
