@@ -107,7 +107,7 @@ impl Visit for Text {
         if field.name() == "message" {
             self.message = format!("{value:?}");
         } else {
-            self.fields += &format!(" {}={value:?}", field.name());
+            self.fields.extend([" ", field.name(), "=", &format!("{value:?}")]);
         }
     }
 }

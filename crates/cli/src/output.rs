@@ -1,7 +1,5 @@
 //! The one module that prints: data to stdout, words to stderr.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "printing is what it is for")]
-
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;

@@ -6,7 +6,6 @@
 //! [`READY_PORT`] and closes it.
 
 #![deny(unsafe_code)]
-#![expect(clippy::allow_attributes, reason = "the generated code earns some lints and not others")]
 
 pub mod paths;
 

@@ -21,7 +21,7 @@ use rustix::process::Signal;
 use crate::error::{Error, from_guest};
 
 /// How long a hook without a timeout of its own may run.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
+const DEFAULT_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// How much of a failed hook's output its error tells.
 const OUTPUT_LIMIT: u64 = 1 << 20;

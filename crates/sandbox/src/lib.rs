@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod boot;
 mod config;
 mod control;
 mod error;
@@ -15,6 +16,7 @@ mod launch;
 mod operations;
 mod process;
 mod resources;
+mod running;
 mod server;
 mod spec;
 mod stand_in;
@@ -26,8 +28,8 @@ pub use config::{AccelerationConfig, Config, HypervisorConfig, ImageConfig, Sand
 pub use control::{GuestProcess, Processes, Stats};
 pub use error::{Chain, Error, ErrorKind};
 pub use operations::{
-    Console, Create, Exec, State, create, delete, exec_defaults, exec_detached, exec_here, kill,
-    list, pause, processes, resume, start, state, stats, update,
+    Console, Create, Created, Exec, State, create, delete, exec_defaults, exec_detached, exec_here,
+    kill, list, pause, processes, resume, start, state, stats, update,
 };
 pub use process::serve;
 pub use spec::Bundle;

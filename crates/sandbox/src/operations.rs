@@ -66,17 +66,27 @@ pub struct Create<'a> {
     pub systemd_cgroup: bool,
     /// Its standard streams.
     pub console: Console,
+    /// Whether the container shall end when [`Created`] is dropped, or the caller ends.
+    pub foreground: bool,
     /// The program that has the roles `sandbox`, `stand-in` and `device`: the `kata` binary.
     pub program: &'a Path,
 }
 
-/// Creates a container in a VM of its own, up to but not including its user's program. Answers the sandbox process, which
-/// is a child of the caller, stands for the container and exits with its exit code.
+/// A container that was created.
+#[derive(Debug)]
+pub struct Created {
+    /// The sandbox process: a child of the caller, which stands for the container and exits with its exit code.
+    pub process: Child,
+    /// Closed: the caller has no more interest.
+    _lifeline: Option<UnixStream>,
+}
+
+/// Creates a container in a VM of its own, up to but not including its user's program.
 ///
 /// # Errors
 ///
 /// What is wrong with the bundle, the host or the guest; nothing is then left on the host.
-pub fn create(request: Create<'_>) -> Result<Child, Error> {
+pub fn create(request: &Create<'_>) -> Result<Created, Error> {
     let annotations = request.bundle.spec.annotations().clone().unwrap_or_default();
     let config = request.config.clone().with_annotations(&annotations)?;
     let dir = request.root.claim(request.id)?;
@@ -90,7 +100,7 @@ pub fn create(request: Create<'_>) -> Result<Child, Error> {
             record.annotations = annotations;
             record.hooks.clone_from(bundle.spec.hooks());
             dir.write(&record)?;
-            launch(&request, config, &dir)
+            launch(request, config, &dir)
         });
     if created.is_err() {
         settle(&dir);
@@ -98,7 +108,7 @@ pub fn create(request: Create<'_>) -> Result<Child, Error> {
     created
 }
 
-fn launch(request: &Create<'_>, config: Config, dir: &ContainerDir) -> Result<Child, Error> {
+fn launch(request: &Create<'_>, config: Config, dir: &ContainerDir) -> Result<Created, Error> {
     let wants_terminal = request.bundle.process()?.terminal().unwrap_or_default();
     let mut command = Command::new(request.program);
     attach_streams(&mut command, wants_terminal, &request.console, request.bundle.process()?)?;
@@ -115,27 +125,29 @@ fn launch(request: &Create<'_>, config: Config, dir: &ContainerDir) -> Result<Ch
         config,
         systemd_cgroup: request.systemd_cgroup,
         terminal: wants_terminal,
+        foreground: request.foreground,
         device_program: (request.program.to_owned(), vec!["device".to_owned()]),
     };
-    let outcome = converse(ours, &message, request, child.pid());
-    if let Err(error) = outcome {
-        // It has nothing more to do, or did not notice that it has not.
-        drop(child.signal(Signal::KILL));
-        drop(child.wait());
-        return Err(match error {
-            Error::SandboxGone { .. } => Error::Told {
-                text: format!("the sandbox process ended early: {}", last_words(dir)),
-                kind: error.kind(),
-            },
-            error => error,
-        });
+    match converse(&ours, &message, request, child.pid()) {
+        Ok(()) => Ok(Created { process: child, _lifeline: request.foreground.then_some(ours) }),
+        Err(error) => {
+            // It has nothing more to do, or did not notice that it has not.
+            drop(child.signal(Signal::KILL));
+            drop(child.wait());
+            Err(match error {
+                Error::SandboxGone { .. } => Error::Told {
+                    text: format!("the sandbox process ended early: {}", last_words(dir)),
+                    kind: error.kind(),
+                },
+                error => error,
+            })
+        }
     }
-    Ok(child)
 }
 
 /// Tells the sandbox process what to do and hears it out.
 fn converse(
-    channel: UnixStream,
+    channel: &UnixStream,
     launch: &Launch,
     request: &Create<'_>,
     pid: u32,

@@ -5,7 +5,7 @@
 //! guest's kernel and the hypervisor, and processes are not counted there, since a guest's are not the host's.
 
 use linux::cgroup::{Limits, Throttle, Throttled};
-use protocol::oci::{LinuxResources, LinuxThrottleDevice};
+use protocol::oci::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
 use crate::config::SandboxConfig;
 
@@ -64,18 +64,18 @@ pub(crate) fn host_limits(resources: Option<&LinuxResources>, config: &SandboxCo
     }
     // Zero is how Docker's JSON says "not asked for".
     Limits {
-        memory: memory.and_then(|memory| memory.limit()).filter(|&n| n != 0).map(with_room),
-        memory_swap: memory.and_then(|memory| memory.swap()).filter(|&n| n != 0).map(with_room),
+        memory: memory.and_then(LinuxMemory::limit).filter(|&n| n != 0).map(with_room),
+        memory_swap: memory.and_then(LinuxMemory::swap).filter(|&n| n != 0).map(with_room),
         memory_reservation: memory
-            .and_then(|memory| memory.reservation())
+            .and_then(LinuxMemory::reservation)
             .filter(|&n| n != 0)
             .map(with_room),
-        cpu_shares: cpu.and_then(|cpu| cpu.shares()).filter(|&n| n != 0),
-        cpu_quota: cpu.and_then(|cpu| cpu.quota()).filter(|&n| n != 0),
-        cpu_period: cpu.and_then(|cpu| cpu.period()).filter(|&n| n != 0),
+        cpu_shares: cpu.and_then(LinuxCpu::shares).filter(|&n| n != 0),
+        cpu_quota: cpu.and_then(LinuxCpu::quota).filter(|&n| n != 0),
+        cpu_period: cpu.and_then(LinuxCpu::period).filter(|&n| n != 0),
         cpuset_cpus: cpu.and_then(|cpu| cpu.cpus().clone()).filter(|list| !list.is_empty()),
         cpuset_mems: cpu.and_then(|cpu| cpu.mems().clone()).filter(|list| !list.is_empty()),
-        blkio_weight: block.and_then(|block| block.weight()).filter(|&n| n != 0),
+        blkio_weight: block.and_then(LinuxBlockIo::weight).filter(|&n| n != 0),
         blkio_throttles: throttles,
     }
 }

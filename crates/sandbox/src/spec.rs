@@ -6,7 +6,7 @@ use std::fs;
 use std::io::ErrorKind as IoKind;
 use std::path::{Path, PathBuf};
 
-use protocol::oci::{LinuxDeviceType, LinuxNamespaceType, Process, Spec};
+use protocol::oci::{LinuxDeviceType, LinuxNamespaceType, LinuxResources, Process, Spec};
 use serde_json::Value;
 
 use crate::error::Error;
@@ -96,6 +96,11 @@ impl Bundle {
         let root =
             self.spec.root().as_ref().ok_or_else(|| Error::invalid("config.json has no `root`"))?;
         Ok(self.path.join(root.path()))
+    }
+
+    /// The container's limits.
+    pub(crate) fn resources(&self) -> Option<&LinuxResources> {
+        self.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref())
     }
 
     fn check(&self) -> Result<(), Error> {

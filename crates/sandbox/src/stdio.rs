@@ -171,9 +171,8 @@ fn output(stream: UnixStream, to: OwnedFd) -> io::Result<Arc<Progress>> {
         let mut chunk = vec![0; CHUNK];
         loop {
             match from.read(&mut chunk) {
-                Ok(0) => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break,
+                Ok(0) | Err(_) => break,
                 Ok(length) => {
                     // A reader that has gone is told to the guest by closing the stream: EPIPE there as here.
                     if to.write_all(&chunk[..length]).is_err() {

@@ -57,10 +57,11 @@ pub(super) fn run(context: &Context<'_>, args: &args::Do) -> anyhow::Result<Exit
         config,
         systemd_cgroup: false,
         console: Console::Caller,
+        foreground: true,
         program: &Context::program(),
     };
-    let mut child = sandbox::create(request)?;
-    let code = sandbox::start(&root, &id).and_then(|()| sandbox::attend(&mut child));
+    let mut created = sandbox::create(&request)?;
+    let code = sandbox::start(&root, &id).and_then(|()| sandbox::attend(&mut created.process));
     drop(raw);
     let deleted = sandbox::delete(&root, &id, true);
     linux::mount::unmount_all(scratch.path()).context("cannot unmount the throw-away layer")?;

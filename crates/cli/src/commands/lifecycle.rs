@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
-use linux::process::Child;
-use sandbox::{Bundle, Config, Console, ContainerId, Root};
+use sandbox::{Bundle, Config, Console, ContainerId, Created, Root};
 
 use super::Context;
 use crate::args;
@@ -25,7 +24,8 @@ pub(super) fn create_container(
     id: &ContainerId,
     args: &args::Create,
     console: Console,
-) -> anyhow::Result<Child> {
+    foreground: bool,
+) -> anyhow::Result<Created> {
     if args.preserve_fds > 0 {
         bail!(
             "--preserve-fds {}: file descriptors of the host cannot be passed into a VM",
@@ -42,16 +42,17 @@ pub(super) fn create_container(
         config,
         systemd_cgroup: context.global.systemd_cgroup,
         console,
+        foreground,
         program: &Context::program(),
     };
-    let mut child = sandbox::create(request)?;
+    let mut created = sandbox::create(&request)?;
     // Last, and whole: whoever sees the file may act on it.
-    if let Err(error) = write_pid_file(args.pid_file.as_deref(), child.pid()) {
+    if let Err(error) = write_pid_file(args.pid_file.as_deref(), created.process.pid()) {
         drop(sandbox::delete(root, id, true));
-        drop(child.wait());
+        drop(created.process.wait());
         return Err(error);
     }
-    Ok(child)
+    Ok(created)
 }
 
 pub(super) fn write_pid_file(path: Option<&Path>, pid: u32) -> anyhow::Result<()> {
@@ -73,7 +74,7 @@ pub(super) fn create(context: &Context<'_>, args: &args::Create) -> anyhow::Resu
         // runc's words.
         bail!("cannot allocate tty if runc will detach without setting console socket");
     }
-    create_container(context, &root, &id, args, console).map(drop)
+    create_container(context, &root, &id, args, console, false).map(drop)
 }
 
 pub(super) fn kill(context: &Context<'_>, args: &args::Kill) -> anyhow::Result<()> {

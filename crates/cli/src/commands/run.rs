@@ -28,7 +28,8 @@ pub(super) fn run(context: &Context<'_>, args: &args::Run) -> anyhow::Result<Exi
         (None, _) => Console::Caller,
     };
     let raw = RawTerminal::new(wants_terminal && !args.detach)?;
-    let mut child = lifecycle::create_container(context, &root, &id, &args.create, console)?;
+    let mut created =
+        lifecycle::create_container(context, &root, &id, &args.create, console, !args.detach)?;
     if let Err(error) = sandbox::start(&root, &id) {
         // The first error is the one to tell.
         drop(sandbox::delete(&root, &id, true));
@@ -37,7 +38,7 @@ pub(super) fn run(context: &Context<'_>, args: &args::Run) -> anyhow::Result<Exi
     if args.detach {
         return Ok(ExitCode::SUCCESS);
     }
-    let code = sandbox::attend(&mut child)?;
+    let code = sandbox::attend(&mut created.process)?;
     drop(raw);
     if !args.keep {
         sandbox::delete(&root, &id, true)?;

@@ -1,0 +1,267 @@
+//! From a prepared sandbox process to a created container: the machine boots, the guest is made its own, the container's
+//! files and interfaces go in.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hypervisor::{Acceleration, GuestStream, Port, SharedDirectory, Vm, VmSpec};
+use linux::ledger::Ledger;
+use linux::process::ProcessId;
+use network::Network;
+use protocol::agent as wire;
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::agent::Agent;
+use crate::config::{AccelerationConfig, Config};
+use crate::error::{Error, ErrorKind};
+use crate::hooks;
+use crate::launch::{Caller, Launch};
+use crate::process::Prepared;
+use crate::resources;
+use crate::running::Running;
+use crate::server::{Sandbox, tty_size};
+use crate::spec::Bundle;
+use crate::state::ContainerId;
+use crate::status::Status;
+use crate::stdio::Stdio;
+
+/// Fresh randomness for a guest.
+const ENTROPY_BYTES: usize = 64;
+
+/// A machine whose agent answers, with the container's files where the guest will find them.
+struct Booted {
+    vm: Box<dyn Vm>,
+    agent: Agent,
+    files: storage::Plan,
+    /// When the machine ran, the hooks were done and the agent answered, since the process began.
+    phases: [Duration; 3],
+}
+
+/// Boots the machine and creates the container in it.
+pub(crate) async fn create(mut prepared: Prepared, caller: &mut Caller) -> Result<Running, Error> {
+    let Booted { mut vm, agent, files, phases } = boot(&mut prepared, caller).await?;
+    let Prepared { launch, bundle, dir, stdio, mut ledger, cgroup, netns, began } = prepared;
+    let hello = agent.hello().await?;
+    agent.resync(resync(&bundle)?).await?;
+    let network = attach_network(vm.as_mut(), &netns, &mut ledger, &agent).await?;
+    agent.mount(share_mount()).await?;
+    run_create_container_hooks(&bundle, dir.id())?;
+    let created = agent
+        .create(wire::CreateContainerRequest {
+            container_id: dir.id().as_str().to_owned(),
+            spec_json: bundle
+                .for_guest(&files.guest_root, &files.guest_mounts)
+                .to_string()
+                .into_bytes(),
+            streams: Some(streams(&stdio)).into(),
+            tty_size: stdio.size().map(tty_size).into(),
+            ..Default::default()
+        })
+        .await?;
+    let vsock = vm.vsock();
+    let tty = stdio.terminal.then(|| stdio.stdin.try_clone()).transpose();
+    let tty = tty.map_err(Error::host("keep", "the terminal"))?;
+    let relay = stdio
+        .relay(&vsock, &created.into())
+        .map_err(Error::host("open a stream into", "the guest"))?;
+    let [launched, hooked, booted] = phases.map(|phase| phase.as_millis());
+    info!(
+        kernel = crate::error::from_guest(&hello.kernel_release),
+        launched_ms = launched,
+        hooks_ms = hooked,
+        agent_ms = booted,
+        guest_kernel_ms = hello.kernel_ms,
+        guest_agent_ms = hello.ready_ms,
+        created_ms = began.elapsed().as_millis(),
+        "container created"
+    );
+
+    let control = UnixListener::bind(dir.vm().control())
+        .map_err(Error::host("listen on", dir.vm().control()))?;
+    let mut record = dir.read()?.ok_or_else(|| Error::NoSuchContainer { id: launch.id })?;
+    record.process = Some(ProcessId::own().map_err(Error::host("read", "/proc/self/stat"))?);
+    let (vm_requests, vm_orders) = mpsc::channel(4);
+    let sandbox = Rc::new(Sandbox {
+        agent,
+        record: RefCell::new(record),
+        dir,
+        ledger: RefCell::new(ledger),
+        network: RefCell::new(network),
+        netns,
+        vsock,
+        vm: vm_requests,
+        cgroup,
+        config: launch.config.sandbox,
+        execs: RefCell::new(HashMap::new()),
+        execs_made: Cell::new(0),
+    });
+    sandbox.set_status(Status::Created)?;
+    Ok(Running { sandbox, vm, vm_orders, control, relay, tty })
+}
+
+/// Boots the machine; meanwhile the container's files are bound below the share, and the caller runs the hooks.
+async fn boot(prepared: &mut Prepared, caller: &mut Caller) -> Result<Booted, Error> {
+    let Prepared { launch, bundle, dir, ledger, began, .. } = prepared;
+    let input = storage::Input {
+        container_id: dir.id().as_str(),
+        bundle: &bundle.path,
+        spec: &bundle.spec,
+    };
+    let files = storage::plan(&input, storage::probe)?;
+    for warning in &files.warnings {
+        warn!("{warning}");
+    }
+    let (share, machine) = (dir.vm().share(), dir.vm().machine());
+    for path in [&share, &machine] {
+        fs::create_dir_all(path).map_err(Error::host("create", path))?;
+    }
+    linux::mount::share(&share).map_err(Error::host("share", &share))?;
+
+    let spec = machine_spec(launch, bundle, share.clone())?;
+    let driver = hypervisor::driver(&launch.config.hypervisor.driver)?;
+    let mut vm = driver.launch(&spec, &machine, ledger).await?;
+    let mut ready = vm.listen(Port(protocol::READY_PORT)).await?;
+    vm.boot().await?;
+    let launched = began.elapsed();
+
+    storage::attach(&files, &share, ledger)?;
+    caller.run_hooks().await?;
+    let hooked = began.elapsed();
+    let agent = tokio::select! {
+        agent = agent_ready(vm.as_ref(), &mut ready, &launch.config, &machine) => agent?,
+        () = caller.gone() => return Err(Caller::lost()),
+    };
+    let phases = [launched, hooked, began.elapsed()];
+    Ok(Booted { vm, agent, files, phases })
+}
+
+fn machine_spec(launch: &Launch, bundle: &Bundle, share: PathBuf) -> Result<VmSpec, Error> {
+    let config: &Config = &launch.config;
+    let host_cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let host_cpus = u32::try_from(host_cpus).unwrap_or(1);
+    let size = resources::size(bundle.resources(), &config.sandbox, host_cpus);
+    let acceleration = match config.hypervisor.qemu.acceleration {
+        AccelerationConfig::Kvm => Acceleration::Kvm,
+        AccelerationConfig::Tcg => Acceleration::Tcg,
+        AccelerationConfig::Auto => hypervisor::detect().acceleration,
+    };
+    let (kernel, initrd) = match (&config.image.kernel, &config.image.initrd) {
+        (Some(kernel), Some(initrd)) => (kernel.clone(), initrd.clone()),
+        (kernel, initrd) => {
+            let image = config.image.open()?;
+            (
+                kernel.clone().unwrap_or_else(|| image.kernel()),
+                initrd.clone().unwrap_or_else(|| image.initrd()),
+            )
+        }
+    };
+    for path in [&kernel, &initrd] {
+        fs::metadata(path).map_err(Error::host("open guest image part", path))?;
+    }
+    Ok(VmSpec {
+        acceleration,
+        vcpus: size.vcpus,
+        max_vcpus: host_cpus.max(size.vcpus),
+        memory_mib: size.memory_mib,
+        max_memory_mib: size.memory_mib,
+        kernel,
+        initrd,
+        cmdline: config.image.cmdline.clone(),
+        share: Some(SharedDirectory { tag: protocol::paths::SHARE_TAG.to_owned(), path: share }),
+        program: config.hypervisor.qemu.path.clone(),
+        device_program: launch.device_program.clone(),
+    })
+}
+
+/// Waits for the agent's sign and connects to it.
+async fn agent_ready(
+    vm: &dyn Vm,
+    ready: &mut mpsc::Receiver<GuestStream>,
+    config: &Config,
+    machine: &Path,
+) -> Result<Agent, Error> {
+    let seconds = config.sandbox.boot_timeout;
+    let console = machine.join("console.log");
+    let mut ended = vm.ended();
+    tokio::select! {
+        stream = ready.recv() => drop(stream),
+        exit = ended.wait_for(Option::is_some) => {
+            let exit = exit.ok().and_then(|exit| exit.clone());
+            let how = exit.map_or_else(String::new, |exit| exit.to_string());
+            let text = format!(
+                "the virtual machine ended {how} before its agent answered; its console is in {}",
+                console.display()
+            );
+            return Err(Error::Told { text, kind: ErrorKind::Unavailable });
+        }
+        () = tokio::time::sleep(Duration::from_secs(seconds)) => {
+            return Err(Error::GuestTimeout { what: "boot", seconds, console });
+        }
+    }
+    let stream = vm.connect(Port(protocol::CONTROL_PORT)).await?;
+    Ok(Agent::new(stream, Duration::from_secs(config.sandbox.agent_timeout), console))
+}
+
+fn resync(bundle: &Bundle) -> Result<wire::ResyncRequest, Error> {
+    let mut entropy = vec![0; ENTROPY_BYTES];
+    rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
+        .map_err(io::Error::from)
+        .map_err(Error::host("read", "/dev/urandom"))?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Ok(wire::ResyncRequest {
+        unix_ns: u64::try_from(now.as_nanos()).unwrap_or_default(),
+        entropy,
+        hostname: bundle.spec.hostname().clone().unwrap_or_default(),
+        ..Default::default()
+    })
+}
+
+async fn attach_network(
+    vm: &mut dyn Vm,
+    netns: &Path,
+    ledger: &mut Ledger,
+    agent: &Agent,
+) -> Result<Network, Error> {
+    let network = network::scan()?;
+    for skipped in &network.skipped {
+        info!(link = skipped.name, reason = skipped.reason, "link stays on the host");
+    }
+    for link in &network.links {
+        let device = network::attach(link, netns, ledger)?;
+        vm.attach(device).await?;
+    }
+    if !network.links.is_empty() {
+        agent.configure_network(network.request()).await?;
+    }
+    Ok(network)
+}
+
+fn share_mount() -> wire::MountRequest {
+    wire::MountRequest {
+        source: protocol::paths::SHARE_TAG.to_owned(),
+        target: protocol::paths::SHARE.to_owned(),
+        fstype: "virtiofs".to_owned(),
+        ..Default::default()
+    }
+}
+
+/// The spec has these run in the container's namespaces, with paths of the runtime's. The sandbox process is the one
+/// that is in both, as far as the host goes.
+fn run_create_container_hooks(bundle: &Bundle, id: &ContainerId) -> Result<(), Error> {
+    let hooks = bundle.spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_ref());
+    let Some(hooks) = hooks else { return Ok(()) };
+    let state = crate::operations::hook_state(bundle, id, Status::Creating, std::process::id());
+    hooks::run("createContainer", hooks, &state)
+}
+
+fn streams(stdio: &Stdio) -> wire::Streams {
+    let [stdin, stdout, stderr] = stdio.wanted();
+    wire::Streams { stdin, stdout, stderr, ..Default::default() }
+}
