@@ -32,6 +32,18 @@ const KNOWN: &[Known] = &[
         runtime: "runc",
         reason: "runc 1.1 fails, but says `%!w(<nil>)`",
     },
+    Known {
+        suite: "crash",
+        case: "the command killed at ten moments of create",
+        runtime: "runc",
+        reason: "runc 1.1 leaves cgroups when it is killed before it has written its state",
+    },
+    Known {
+        suite: "crash",
+        case: "the command killed at moments of run",
+        runtime: "runc",
+        reason: "runc 1.1 leaves cgroups when it is killed before it has written its state",
+    },
 ];
 
 /// Why this case fails on this runtime, where that is known.

@@ -10,12 +10,14 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod case;
 mod crash;
 mod docker;
 mod known;
 mod oci;
 mod report;
+mod validation;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,7 +25,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use testkit::residue::{Host, remove_parent_cgroups};
+use testkit::residue::{Host, remove_cgroups};
 use testkit::{Runtime, Work};
 
 use crate::report::Report;
@@ -46,7 +48,7 @@ struct Args {
     /// Nobody else uses this machine: every process, mount and link that is left counts. The default where CI is set.
     #[arg(long)]
     alone: bool,
-    /// The suites: oci, docker, crash.
+    /// The suites: oci, docker, crash, validation, bench.
     #[arg(required = true)]
     suites: Vec<String>,
 }
@@ -92,12 +94,16 @@ fn run(args: &Args) -> Result<bool> {
         match suite.as_str() {
             "oci" => oci::run(&bench, &mut report),
             "docker" => docker::run(&bench, &mut report)?,
-            "crash" => crash::run(&bench, &mut report)?,
-            _ => bail!("there is no suite `{suite}`; there is: oci, docker, crash"),
+            "crash" => crash::run(&bench, &mut report),
+            "bench" => bench::run(&bench, &mut report)?,
+            "validation" => validation::run(&bench, &mut report)?,
+            _ => bail!(
+                "there is no suite `{suite}`; there is: oci, docker, crash, validation, bench"
+            ),
         }
     }
-    remove_parent_cgroups(bench.work.mark());
-    if !bench.list {
+    remove_cgroups(bench.work.mark());
+    if !bench.list && !report.is_empty() {
         report.close();
     }
     Ok(report.succeeded())

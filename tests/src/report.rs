@@ -60,9 +60,19 @@ impl Report {
         println!("{line}");
     }
 
+    /// Whether there is no verdict yet.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.results.is_empty()
+    }
+
     /// Prints the table, the failures and the closing line.
     pub(crate) fn close(&self) {
-        let runtimes: BTreeSet<_> = self.results.iter().map(|(_, _, runtime, _)| runtime).collect();
+        let runtimes: BTreeSet<_> = self
+            .results
+            .iter()
+            .map(|(_, _, runtime, _)| runtime)
+            .filter(|name| *name != "all")
+            .collect();
         let runtimes: Vec<_> = runtimes.into_iter().rev().collect();
         if runtimes.len() > 1 {
             print!("\n{:<7} {:<66}", "suite", "case");

@@ -107,6 +107,11 @@ impl Docker {
             .args(["sh", "-c", line])
     }
 
+    /// A program to be started in the network namespace of the daemon.
+    pub fn host_command(&self, program: &str) -> Command {
+        inside(Some(&self.netns.0), program)
+    }
+
     /// The end of the daemon's log, for messages.
     pub fn last_words(&self) -> String {
         self.daemon.last_words()
@@ -128,7 +133,7 @@ impl Drop for Docker {
                 drop(Run::new("umount").args(["-l", point]).output());
             }
         }
-        crate::residue::remove_parent_cgroups(&self.mark);
+        crate::residue::remove_cgroups(&self.mark);
     }
 }
 

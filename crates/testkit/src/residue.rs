@@ -213,12 +213,22 @@ fn holds_more_than_parents(path: &Path) -> bool {
     !is_parent || has_child || !procs.trim().is_empty()
 }
 
-/// Removes the empty cgroups that are left as parents of the run's containers.
-pub fn remove_parent_cgroups(mark: &str) {
+/// Removes the empty cgroups that are left of a run: the parents of its containers' cgroups.
+pub fn remove_cgroups(mark: &str) {
+    remove_tree(&Path::new("/sys/fs/cgroup").join(mark));
     for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-        drop(fs::remove_dir(hierarchy.path().join(mark)));
+        remove_tree(&hierarchy.path().join(mark));
     }
-    drop(fs::remove_dir(Path::new("/sys/fs/cgroup").join(mark)));
+}
+
+fn remove_tree(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path());
+        }
+    }
+    // One that is not there, or not empty, stays.
+    drop(fs::remove_dir(cgroup));
 }
 
 #[cfg(test)]

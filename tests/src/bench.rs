@@ -1,0 +1,166 @@
+//! Measures: ours beside runc, interleaved in one run, as a Markdown table of medians and ratios.
+
+mod figures;
+mod rig;
+
+use std::fs;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use testkit::docker::{self, IMAGE};
+use testkit::{Bundle, Container, Run, Runtime};
+
+use crate::Bench;
+use crate::report::Report;
+use figures::Figures;
+use rig::{Servers, boot_phases, pss_kib, seconds_inside};
+
+/// How often each thing is measured on each runtime.
+const ROUNDS: usize = 5;
+
+/// Measures everything, and prints the table.
+pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
+    let names: Vec<_> = bench.runtimes.iter().map(|runtime| runtime.name.clone()).collect();
+    let mut figures = Figures::new(names);
+    command_line(bench, &mut figures, report)?;
+    inside(bench, &mut figures, report)?;
+    with_docker(bench, &mut figures, report)?;
+    report.say(&figures.table());
+    Ok(())
+}
+
+/// Start to exit of `run`, and its phases where the runtime logs them.
+fn command_line(bench: &Bench, figures: &mut Figures, report: &mut Report) -> Result<()> {
+    report.say("bench: run, from start to exit");
+    for _ in 0..ROUNDS {
+        for runtime in &bench.runtimes {
+            let bundle = Bundle::new(&bench.work, &["true"])?;
+            let log = bundle.dir.join("log");
+            let run = runtime.run(&["--debug", "--log-format", "json", "--log"]).arg(&log);
+            let run = run.args(["run", "--bundle"]).arg(&bundle.dir).arg(&bundle.id);
+            let began = Instant::now();
+            run.text()?;
+            figures.add(
+                "`run` of `true`, start to exit",
+                "s",
+                &runtime.name,
+                began.elapsed().as_secs_f64(),
+            );
+            let log = fs::read_to_string(&log).unwrap_or_default();
+            for (phase, seconds) in boot_phases(&log) {
+                figures.add(&format!("phase {phase}"), "s", &runtime.name, seconds);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A container's file I/O, execs and memory, one container for each runtime, alive at the same time.
+fn inside(bench: &Bench, figures: &mut Figures, report: &mut Report) -> Result<()> {
+    report.say("bench: exec, memory and files");
+    let mut containers = Vec::new();
+    for runtime in &bench.runtimes {
+        let bundle = Bundle::shell(&bench.work, "exec sleep 100000")?;
+        let volume = bundle.dir.join("volume");
+        fs::create_dir(&volume)?;
+        let bundle = bundle.mount("bind", &volume.to_string_lossy(), "/volume", &["rbind"])?;
+        containers.push((runtime, runtime.start(&bundle)?));
+    }
+    for (runtime, container) in &containers {
+        let kib = pss_kib(container.pid)?;
+        figures.add("memory of an idle sandbox, PSS", "MiB", &runtime.name, kib / 1024.0);
+    }
+    for _ in 0..ROUNDS * 2 {
+        for (runtime, container) in &containers {
+            let began = Instant::now();
+            container.exec(&["true"]).text()?;
+            figures.add(
+                "`exec` of `true`",
+                "ms",
+                &runtime.name,
+                began.elapsed().as_secs_f64() * 1e3,
+            );
+        }
+    }
+    for _ in 0..3 {
+        for (runtime, container) in &containers {
+            files(figures, runtime, container)?;
+        }
+    }
+    Ok(())
+}
+
+fn files(figures: &mut Figures, runtime: &Runtime, container: &Container) -> Result<()> {
+    for (place, directory) in [("root file system", ""), ("volume", "/volume")] {
+        let file = format!("{directory}/large");
+        let write = format!("dd if=/dev/zero of={file} bs=1M count=256 conv=fsync");
+        let seconds = seconds_inside(container, &write)?;
+        figures.add(&format!("sequential write, {place}"), "MiB/s", &runtime.name, 256.0 / seconds);
+        let read = format!("dd if={file} of=/dev/null bs=1M");
+        let seconds = seconds_inside(container, &read)?;
+        figures.add(&format!("sequential read, {place}"), "MiB/s", &runtime.name, 256.0 / seconds);
+        let random = format!(
+            "n=0; x=1; while [ $n -lt 200 ]; do x=$(( (x * 1103515245 + 12345) % 65536 )); \
+             dd if={file} of=/dev/null bs=4k count=1 skip=$x 2>/dev/null; n=$((n + 1)); done"
+        );
+        let rate = 200.0 / seconds_inside(container, &random)?;
+        figures.add(
+            &format!("4 KiB random reads, a process each, {place}"),
+            "1/s",
+            &runtime.name,
+            rate,
+        );
+        let many = format!(
+            "mkdir {directory}/many && cd {directory}/many && seq 1 10000 | \
+             while read n; do echo $n >$n; done; cat ./* >/dev/null; cd / && rm -r {directory}/many {file}"
+        );
+        let seconds = seconds_inside(container, &many)?;
+        figures.add(&format!("10,000 small files, {place}"), "s", &runtime.name, seconds);
+    }
+    Ok(())
+}
+
+/// `docker run --rm`, and TCP through the bridge.
+fn with_docker(bench: &Bench, figures: &mut Figures, report: &mut Report) -> Result<()> {
+    let missing = docker::missing_programs();
+    if !missing.is_empty() {
+        report.say(&format!("SKIPPED: Docker's figures need {}", missing.join(", ")));
+        return Ok(());
+    }
+    report.say("bench: docker run and TCP");
+    let bin = bench.work.path().join("bin");
+    let programs: Vec<_> = bench
+        .runtimes
+        .iter()
+        .map(|runtime| Ok((runtime.name.as_str(), runtime.registrable(&bin)?)))
+        .collect::<Result<_>>()?;
+    let registered: Vec<_> = programs.iter().map(|(name, path)| (*name, path.as_path())).collect();
+    let docker = docker::Docker::start(&bench.work, &registered)?;
+    for _ in 0..ROUNDS {
+        for runtime in &bench.runtimes {
+            let began = Instant::now();
+            docker.run(&["run", "--rm", "--runtime", &runtime.name, IMAGE, "true"]).text()?;
+            let seconds = began.elapsed().as_secs_f64();
+            figures.add("`docker run --rm` of `true`", "s", &runtime.name, seconds);
+        }
+    }
+    let dir = bench.work.path().join("served");
+    fs::create_dir(&dir)?;
+    for _ in 0..3 {
+        for runtime in &bench.runtimes {
+            let servers = Servers::start(&docker, &runtime.name, &dir)?;
+            for (direction, rate) in servers.throughput().context("TCP throughput")? {
+                let what = format!("TCP through the bridge, {direction}");
+                figures.add(&what, "Mbit/s", &runtime.name, rate);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the machine is, for the table's head.
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let kernel = Run::new("uname").arg("-r").text().unwrap_or_default();
+    format!("{cores} cores, Linux {kernel}")
+}

@@ -1,0 +1,122 @@
+//! How single figures are taken.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use testkit::containerd::Daemon;
+use testkit::docker::{Docker, IMAGE};
+use testkit::{Container, Output, eventually};
+
+/// How much goes through a TCP stream.
+const STREAM_MIB: u64 = 256;
+
+/// The memory of a process and all below it, in KiB, each shared page divided by those who share it.
+pub(super) fn pss_kib(pid: u32) -> Result<f64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
+    let own: f64 = line.split_whitespace().next().unwrap_or_default().parse()?;
+    children(pid).into_iter().try_fold(own, |sum, child| Ok(sum + pss_kib(child)?))
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| {
+            list.split_whitespace().filter_map(|word| word.parse().ok()).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+/// How long a shell line takes, by the host's clock and with the exec around it: a guest's clock is what is tested.
+pub(super) fn seconds_inside(container: &Container, line: &str) -> Result<f64> {
+    let began = Instant::now();
+    container.shell(&format!("{{ {line}; }} >/dev/null 2>&1"))?;
+    Ok(began.elapsed().as_secs_f64())
+}
+
+/// The phases of a boot in a runtime's log: members of the line with the message `booted`, in milliseconds.
+pub(super) fn boot_phases(log: &str) -> Vec<(String, f64)> {
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let members = lines.filter_map(|line| line.as_object().cloned()).flatten();
+    members
+        .filter_map(|(name, value)| {
+            let phase = name.strip_suffix("_ms")?.to_owned();
+            let number = value.as_f64().or_else(|| value.as_str()?.parse().ok())?;
+            Some((phase, number / 1e3))
+        })
+        .collect()
+}
+
+/// A container with a web server, and a web server beside it on the host; each serves a file of zeros.
+pub(super) struct Servers<'a> {
+    docker: &'a Docker,
+    id: String,
+    address: String,
+    _host: Daemon,
+}
+
+impl<'a> Servers<'a> {
+    /// Starts both; `dir` is where the host's file is made.
+    pub(super) fn start(docker: &'a Docker, runtime: &str, dir: &Path) -> Result<Self> {
+        File::create(dir.join("zeros"))?.set_len(STREAM_MIB << 20)?;
+        let mut command = docker.host_command("busybox");
+        command.args(["httpd", "-f", "-p", "172.31.250.1:8081", "-h"]).arg(dir);
+        let host = Daemon::start(command, &dir.join("httpd.log"))?;
+        let line = format!("truncate -s {STREAM_MIB}m /dev/shm/zeros && exec httpd -f -h /dev/shm");
+        let run = docker.run(&["run", "-d", "--shm-size", "512m", "--runtime", runtime]);
+        let id = run.args([IMAGE, "sh", "-c", &line]).text()?;
+        let mut servers = Self { docker, id, address: String::new(), _host: host };
+        let format = "{{.NetworkSettings.IPAddress}}";
+        servers.address = docker.run(&["inspect", "--format", format, &servers.id]).text()?;
+        Ok(servers)
+    }
+
+    /// Mbit/s to and from the container.
+    pub(super) fn throughput(&self) -> Result<[(&'static str, f64); 2]> {
+        let to =
+            ["exec", &self.id, "wget", "-q", "-O", "/dev/null", "http://172.31.250.1:8081/zeros"];
+        let address = &self.address;
+        let from = format!("curl -sS -o /dev/null http://{address}/zeros");
+        Ok([
+            ("host to container", timed(|| self.docker.run(&to).output())?),
+            ("container to host", timed(|| self.docker.host(&from).output())?),
+        ])
+    }
+}
+
+/// Mbit/s of the first try that succeeds: the server may not listen yet.
+fn timed(transfer: impl Fn() -> Result<Output>) -> Result<f64> {
+    let seconds = eventually(Duration::from_mins(1), "the stream goes through", || {
+        let began = Instant::now();
+        Ok((transfer()?.code == 0).then(|| began.elapsed().as_secs_f64()))
+    })?;
+    let megabits = f64::from(u32::try_from(STREAM_MIB)?) * 8.388_608;
+    Ok(megabits / seconds)
+}
+
+impl Drop for Servers<'_> {
+    fn drop(&mut self) {
+        drop(self.docker.run(&["rm", "-f", &self.id]).output());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{boot_phases, pss_kib};
+
+    #[test]
+    fn the_memory_of_this_process_is_more_than_nothing() {
+        assert!(pss_kib(std::process::id()).unwrap() > 100.0);
+    }
+
+    #[test]
+    fn phases_are_the_members_in_milliseconds() {
+        let log =
+            "not json\n{\"level\":\"info\",\"msg\":\"booted\",\"kernel_ms\":1500,\"pid\":3}\n";
+        assert_eq!(boot_phases(log), [("kernel".to_owned(), 1.5)]);
+    }
+}
