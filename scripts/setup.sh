@@ -6,7 +6,7 @@ set -euo pipefail
 
 declare -A needs=(
   [build]="build-essential pkg-config libseccomp-dev libcap-ng-dev"
-  [guest]="qemu-system-x86 xz-utils kmod iproute2"
+  [guest]="qemu-system-x86 xz-utils zstd iproute2"
   [test]="busybox-static docker.io containerd runc iptables iproute2 util-linux procps curl jq socat"
   [bench]="busybox-static docker.io containerd runc iptables iproute2 fio iperf3"
 )
@@ -26,6 +26,11 @@ for set in "$@"; do
 done
 
 [ "$(id -u)" = 0 ] || die "run this as root (a virtual machine's network, mounts and cgroups need it), for example: sudo -E make demo"
+if [[ " $* " == *" guest "* ]] && ! apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; then
+  # The guest's kernel comes from its package, which apt must know of.
+  "$(dirname "$0")/say.sh" "refreshing the package lists"
+  apt-get update -qq || die "apt-get update failed"
+fi
 [ ${#missing[@]} -gt 0 ] || exit 0
 command -v apt-get >/dev/null || die "this is not Debian; install these with your package tool: ${missing[*]}"
 

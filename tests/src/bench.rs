@@ -15,6 +15,9 @@ use crate::report::Report;
 use figures::Figures;
 use rig::{Servers, boot_phases, pss_kib, seconds_inside};
 
+/// One part of the measurement: `--filter run`, `inside` or `docker` chooses one.
+type Part = fn(&Bench, &mut Figures, &mut Report) -> Result<()>;
+
 /// How often each thing is measured on each runtime.
 const ROUNDS: usize = 5;
 
@@ -22,9 +25,13 @@ const ROUNDS: usize = 5;
 pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let names: Vec<_> = bench.runtimes.iter().map(|runtime| runtime.name.clone()).collect();
     let mut figures = Figures::new(names);
-    command_line(bench, &mut figures, report)?;
-    inside(bench, &mut figures, report)?;
-    with_docker(bench, &mut figures, report)?;
+    let parts: [(&str, Part); 3] =
+        [("run", command_line), ("inside", inside), ("docker", with_docker)];
+    for (name, part) in parts {
+        if bench.filter.as_deref().is_none_or(|word| name.contains(word)) {
+            part(bench, &mut figures, report)?;
+        }
+    }
     report.say(&figures.table());
     Ok(())
 }

@@ -66,7 +66,7 @@ impl<'a> Servers<'a> {
         let mut command = docker.host_command("busybox");
         command.args(["httpd", "-f", "-p", "172.31.250.1:8081", "-h"]).arg(dir);
         let host = Daemon::start(command, &dir.join("httpd.log"))?;
-        let line = format!("truncate -s {STREAM_MIB}m /dev/shm/zeros && exec httpd -f -h /dev/shm");
+        let line = format!("dd if=/dev/zero of=/dev/shm/zeros bs=1M count={STREAM_MIB} 2>/dev/null && exec httpd -f -h /dev/shm");
         let run = docker.run(&["run", "-d", "--shm-size", "512m", "--runtime", runtime]);
         let id = run.args([IMAGE, "sh", "-c", &line]).text()?;
         let mut servers = Self { docker, id, address: String::new(), _host: host };
@@ -90,10 +90,14 @@ impl<'a> Servers<'a> {
 
 /// Mbit/s of the first try that succeeds: the server may not listen yet.
 fn timed(transfer: impl Fn() -> Result<Output>) -> Result<f64> {
+    let mut last = String::new();
     let seconds = eventually(Duration::from_mins(1), "the stream goes through", || {
         let began = Instant::now();
-        Ok((transfer()?.code == 0).then(|| began.elapsed().as_secs_f64()))
-    })?;
+        let output = transfer()?;
+        last = output.to_string();
+        Ok((output.code == 0).then(|| began.elapsed().as_secs_f64()))
+    });
+    let seconds = seconds.context(last)?;
     let megabits = f64::from(u32::try_from(STREAM_MIB)?) * 8.388_608;
     Ok(megabits / seconds)
 }
