@@ -224,14 +224,24 @@ fn last_words(dir: &ContainerDir) -> String {
     log.lines().last().unwrap_or("it said nothing").to_owned()
 }
 
-/// Gives back all that a container's sandbox has taken, and forgets it. What would not go is kept on disk for the next
-/// `delete --force`.
+/// Gives back all that a container's sandbox has taken, and forgets it.
+///
+/// # Errors
+///
+/// When something would not go; it stays written down, for another try.
+fn give_back(dir: &ContainerDir) -> Result<(), Error> {
+    if dir.vm().path().exists() {
+        Ledger::open(&dir.vm().ledger())
+            .and_then(|ledger| ledger.settle(&ThisHost))
+            .map_err(Error::host("give back all that is in", dir.vm().ledger()))?;
+    }
+    dir.remove()
+}
+
+/// [`give_back`] on the way out after another error, which is the one to tell.
 pub(crate) fn settle(dir: &ContainerDir) {
-    match Ledger::open(&dir.vm().ledger()).and_then(|ledger| ledger.settle(&ThisHost)) {
-        Ok(()) => dir.remove(),
-        // The directory never came to be, so nothing else did.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => dir.remove(),
-        Err(error) => tracing::error!(%error, "not everything could be given back"),
+    if let Err(error) = give_back(dir) {
+        tracing::error!(error = %Chain(&error), "not everything could be given back; use delete --force");
     }
 }
 
@@ -413,14 +423,7 @@ pub fn delete(root: &Root, id: &ContainerId, force: bool) -> Result<(), Error> {
     {
         // A `create` that is still there has noticed the end of its sandbox process and cleans up.
         let _lock = linux::file::lock(&dir.vm().lock());
-        if !dir.vm().path().exists() {
-            dir.remove();
-            return Ok(());
-        }
-        Ledger::open(&dir.vm().ledger())
-            .and_then(|ledger| ledger.settle(&ThisHost))
-            .map_err(Error::host("give back all that is in", dir.vm().ledger()))?;
-        dir.remove();
+        give_back(&dir)?;
     }
     for hook in &poststop {
         if let Err(error) =

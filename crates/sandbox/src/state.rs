@@ -181,7 +181,8 @@ impl Root {
         let dir = ContainerDir { vm: VmDir(self.0.join("vms").join(vm)), id: id.clone(), link };
         make_directories(&dir.path()).map_err(|source| {
             let path = dir.path();
-            dir.remove();
+            // The first error is the one to tell.
+            drop(dir.remove());
             Error::Host { action: "create", path, source }
         })?;
         Ok(dir)
@@ -360,12 +361,18 @@ impl ContainerDir {
     }
 
     /// Forgets the container and its VM's directory, link last: while the link is there, `delete` can be tried again.
-    pub fn remove(&self) {
-        // Both may be gone already; what cannot be removed is found by the next try.
-        drop(fs::remove_dir_all(&self.vm.0));
-        if !self.vm.0.exists() {
-            drop(fs::remove_file(&self.link));
-        }
+    ///
+    /// What is bound below the share is the user's and is never descended into.
+    ///
+    /// # Errors
+    ///
+    /// When something would not go.
+    pub fn remove(&self) -> Result<(), Error> {
+        // Only the sandbox process itself sees mounts there; for everybody else they went with it.
+        linux::mount::unmount_all(&self.vm.share())
+            .map_err(Error::host("unmount", self.vm.share()))?;
+        linux::remove_tree(&self.vm.0).map_err(Error::host("remove", &self.vm.0))?;
+        linux::remove_tree(&self.link).map_err(Error::host("remove", &self.link))
     }
 }
 
@@ -434,10 +441,33 @@ mod tests {
         assert_eq!(root.list().unwrap(), [id("one")]);
         assert_eq!(root.find(&id("one")).unwrap().vm().path(), container.vm().path());
 
-        container.remove();
+        container.remove().unwrap();
         assert!(root.list().unwrap().is_empty());
         assert!(matches!(root.find(&id("one")), Err(Error::NoSuchContainer { .. })));
         assert_eq!(std::fs::read_dir(dir.path().join("vms")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn removing_leaves_what_is_bound_below_the_share_alone() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: needs root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let users = tempfile::tempdir().unwrap();
+        std::fs::write(users.path().join("precious"), "data").unwrap();
+        let container = Root::new(dir.path()).unwrap().claim(&id("one")).unwrap();
+        let share = container.vm().share();
+        std::fs::create_dir(&share).unwrap();
+        linux::mount::share(&share).unwrap();
+        let rootfs = share.join("rootfs");
+        std::fs::create_dir(&rootfs).unwrap();
+        linux::mount::bind(users.path(), &rootfs, true).unwrap();
+
+        container.remove().unwrap();
+
+        assert_eq!(std::fs::read(users.path().join("precious")).unwrap(), b"data");
+        assert!(!container.vm().path().exists());
     }
 
     #[test]
