@@ -20,21 +20,18 @@ pub(super) fn run(context: &Context<'_>, args: &args::Do) -> anyhow::Result<Exit
     let root = context.root()?;
     let config = context.config()?;
     lifecycle::warn_of_emulation(&config);
-    let parent = root.path().join("do");
-    fs::create_dir_all(&parent).with_context(|| format!("cannot create {}", parent.display()))?;
-    let scratch = tempfile::tempdir_in(&parent)
-        .with_context(|| format!("cannot create a directory in {}", parent.display()))?;
-
-    // The layers are mounted where nobody else sees them, and go with this process and the sandbox's.
+    // The layers are mounted where nobody else sees them, so all runs can use the one place; they go with this process
+    // and the sandbox's, however these end.
+    let scratch = root.path().join("do");
+    fs::create_dir_all(&scratch).with_context(|| format!("cannot create {}", scratch.display()))?;
     linux::namespace::unshare_mounts().context("cannot create a mount namespace")?;
-    linux::mount::tmpfs(scratch.path(), 0o755, None).context("cannot mount a tmpfs")?;
-    let rootfs = scratch.path().join("rootfs");
+    linux::mount::tmpfs(&scratch, 0o755, None).context("cannot mount a tmpfs")?;
+    let rootfs = scratch.join("rootfs");
     for name in ["upper", "work", "rootfs"] {
-        let path = scratch.path().join(name);
+        let path = scratch.join(name);
         fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
     }
-    mount_overlay(scratch.path(), &rootfs)
-        .context("cannot mount an overlay of this host's root")?;
+    mount_overlay(&scratch, &rootfs).context("cannot mount an overlay of this host's root")?;
 
     let terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
     let mut spec = runc_json::default_spec(false);
@@ -45,10 +42,9 @@ pub(super) fn run(context: &Context<'_>, args: &args::Do) -> anyhow::Result<Exit
     spec["process"]["cwd"] = json!(std::env::current_dir().unwrap_or_else(|_| "/".into()));
     spec["process"]["env"] =
         std::env::vars().map(|(name, value)| format!("{name}={value}")).collect();
-    let bundle = Bundle::new(scratch.path().to_owned(), spec)?;
+    let bundle = Bundle::new(scratch, spec)?;
 
-    let name = scratch.path().file_name().unwrap_or_default().to_string_lossy().replace('.', "");
-    let id = ContainerId::new(&format!("do-{name}"))?;
+    let id = ContainerId::new(&format!("do-{}", std::process::id()))?;
     let raw = RawTerminal::new(terminal)?;
     let request = sandbox::Create {
         root: &root,
@@ -64,7 +60,6 @@ pub(super) fn run(context: &Context<'_>, args: &args::Do) -> anyhow::Result<Exit
     let code = sandbox::start(&root, &id).and_then(|()| sandbox::attend(&mut created.process));
     drop(raw);
     let deleted = sandbox::delete(&root, &id, true);
-    linux::mount::unmount_all(scratch.path()).context("cannot unmount the throw-away layer")?;
     let code = code?;
     deleted?;
     Ok(ExitCode::from(code))
