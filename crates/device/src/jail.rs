@@ -80,10 +80,11 @@ fn raise_descriptor_limit() -> u64 {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let maximum = limit.maximum.map(|maximum| maximum.max(1 << 20));
     let higher = Rlimit { current: wanted, maximum };
-    if rustix::process::setrlimit(Resource::Nofile, higher).is_err() {
-        let allowed = Rlimit { current: limit.maximum, maximum: limit.maximum };
-        let _: rustix::io::Result<()> = rustix::process::setrlimit(Resource::Nofile, allowed);
-    }
+    let allowed = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    // Where neither is granted, what we have must do.
+    rustix::process::setrlimit(Resource::Nofile, higher)
+        .or_else(|_| rustix::process::setrlimit(Resource::Nofile, allowed))
+        .unwrap_or_default();
     rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 

@@ -76,8 +76,9 @@ pub fn serve(config: Config) -> Result<(), Error> {
     let descriptors = Descriptors::inherit(&config)?;
     log_line::start();
     log_line::end_on_panic();
-    let opened = jail::enter(config.fs.as_ref().map(|fs| fs.directory.as_path()))?;
-    seccomp::limit(config.fs.is_some())?;
+    let directory = config.fs.map(|fs| fs.directory);
+    let opened = jail::enter(directory.as_deref())?;
+    seccomp::limit(directory.is_some())?;
     let (report, end) = mpsc::channel();
     if let Some(listener) = descriptors.fs_listener {
         fs::start(listener.into(), opened, report.clone())?;

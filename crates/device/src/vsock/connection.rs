@@ -191,11 +191,11 @@ impl Connection {
         match (header.operation(), self.phase) {
             (Some(Operation::Response), Phase::Requested) if self.due.is_none() => self.open(),
             (Some(Operation::Reset), _) => self.forget(),
-            (_, Phase::Closing | Phase::Forgotten | Phase::Over) => {}
             (Some(Operation::Data), Phase::Open) => self.on_data(header.len, payload),
             (Some(Operation::Shutdown), Phase::Open) => self.on_shutdown(header.flags),
-            (Some(Operation::CreditUpdate), _) => {}
-            (Some(Operation::CreditRequest), _) => self.asked = true,
+            (Some(Operation::CreditRequest), Phase::Open) => self.asked = true,
+            (Some(Operation::CreditUpdate), _)
+            | (_, Phase::Closing | Phase::Forgotten | Phase::Over) => {}
             _ => self.abort(),
         }
     }

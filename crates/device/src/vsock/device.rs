@@ -29,7 +29,7 @@ const MOST_REFUSALS: usize = 256;
 /// Packets from the guest in a row, before the other direction gets its turn.
 const BATCH: usize = 128;
 
-/// Events of host sockets in a row; the rest is found by the next round.
+/// Events of host sockets that are taken at once.
 const EVENTS: usize = 64;
 
 /// A virtio-vsock device.
@@ -107,22 +107,29 @@ impl Device {
     }
 
     fn serve_host(&mut self) -> Result<(), Fault> {
-        let mut events = [MaybeUninit::uninit(); EVENTS];
+        let mut space = [MaybeUninit::uninit(); EVENTS];
         let timeout = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let events = match epoll::wait(&self.epoll, &mut events, Some(&timeout)) {
-            Ok((events, _)) => events,
-            Err(rustix::io::Errno::INTR) => return Ok(()),
-            Err(error) => return Err(Fault::Wait(error.into())),
-        };
-        for event in events {
-            let data = event.data.u64();
-            if data == LISTENER {
-                self.accept();
-            } else {
-                self.serve_stream(Token::from_u64(data), event.flags);
+        loop {
+            let events = match epoll::wait(&self.epoll, &mut space, Some(&timeout)) {
+                Ok((events, _)) => events,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return Err(Fault::Wait(error.into())),
+            };
+            let mut more = events.len() == EVENTS;
+            for event in events {
+                let data = event.data.u64();
+                if data == LISTENER {
+                    self.accept();
+                    // A client has mostly said what it wants by now.
+                    more = true;
+                } else {
+                    self.serve_stream(Token::from_u64(data), event.flags);
+                }
+            }
+            if !more {
+                return Ok(());
             }
         }
-        Ok(())
     }
 
     fn accept(&mut self) {

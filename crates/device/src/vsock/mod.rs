@@ -166,3 +166,6 @@ impl VhostUserBackend for Backend {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
