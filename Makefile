@@ -13,7 +13,8 @@ IMAGE   := $(BUILD)/share/kata-containers
 RUNTIME := $(BUILD)/bin/kata-runtime
 SHARE   := $(DESTDIR)/usr/share/kata-containers
 RUNTIMES ?= runc kata-runtime
-RUN_SUITES = cargo run --locked -q -p suites -- $(addprefix --runtime ,$(RUNTIMES:kata-runtime=kata-runtime=$(BUILD)/bin/kata/kata-runtime)) --config $(BUILD)/config.toml
+RUN_SUITES = cargo run $(CARGO_FLAGS) -q -p suites -- $(addprefix --runtime ,$(RUNTIMES:kata-runtime=kata-runtime=$(BUILD)/bin/kata/kata-runtime)) --config $(BUILD)/config.toml
+CARGO_FLAGS ?= --locked
 SUITES  ?= oci docker crash
 FILTER  ?=
 
@@ -36,13 +37,13 @@ build: $(HOST) $(AGENT) $(RUNTIME) ## Build the host's and the guest's programs
 
 $(HOST): FORCE
 	@scripts/say.sh "building the host program kata"
-	@cargo build --locked --release -p kata --bin kata
+	@cargo build $(CARGO_FLAGS) --release -p kata --bin kata
 
 $(AGENT): FORCE
 	@scripts/say.sh "building the guest program kata-agent"
 	@RUSTFLAGS="-C target-feature=+crt-static" \
 	 LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu \
-	 cargo build --locked -p agent --profile agent --target $(TARGET)
+	 cargo build $(CARGO_FLAGS) -p agent --profile agent --target $(TARGET)
 
 $(RUNTIME): Makefile
 	@mkdir -p $(BUILD)/bin
