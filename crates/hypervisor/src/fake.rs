@@ -130,6 +130,20 @@ impl Hypervisor for Fake {
         }
     }
 
+    fn fingerprint(&self, spec: &VmSpec) -> Result<String, Error> {
+        Ok(format!("{}-{}", spec.vcpus, spec.memory_mib))
+    }
+
+    async fn restore(
+        &self,
+        _template: &Path,
+        _spec: &VmSpec,
+        _dir: &Path,
+        _ledger: &mut Ledger,
+    ) -> Result<Box<dyn Vm>, Error> {
+        Err(Error::Unsupported { driver: NAME, operation: "make a machine of a template" })
+    }
+
     async fn launch(
         &self,
         spec: &VmSpec,
@@ -260,6 +274,10 @@ impl Vm for FakeVm {
 
     fn ended(&self) -> watch::Receiver<Option<VmExit>> {
         self.machine.ended.subscribe()
+    }
+
+    async fn save(self: Box<Self>, _directory: &Path) -> Result<(), Error> {
+        Err(Error::Unsupported { driver: NAME, operation: "save a machine" })
     }
 
     async fn kill(self: Box<Self>) -> Result<(), Error> {

@@ -24,6 +24,7 @@ mod error;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod log;
+mod memory;
 mod processes;
 pub mod qemu;
 mod vsock;
@@ -198,6 +199,13 @@ pub trait Hypervisor {
     /// What it can do on this host.
     fn capabilities(&self) -> Capabilities;
 
+    /// A hash of all that a machine has in common with those that can be made of it: a name for its template.
+    ///
+    /// # Errors
+    ///
+    /// When a file of the machine cannot be found.
+    fn fingerprint(&self, spec: &VmSpec) -> Result<String, Error>;
+
     /// Starts a hypervisor process with a machine as `spec` says, its vCPUs not yet running, and its device back ends.
     ///
     /// `dir` is the machine's own directory: sockets and logs go there and nowhere else. Every process started is in
@@ -208,6 +216,23 @@ pub trait Hypervisor {
     /// When a program is missing or refuses; nothing then runs any more.
     async fn launch(
         &self,
+        spec: &VmSpec,
+        dir: &Path,
+        ledger: &mut Ledger,
+    ) -> Result<Box<dyn Vm>, Error>;
+
+    /// Makes a machine of the template in the directory `template`, which [`Vm::save`] wrote. After [`Vm::boot`] it goes on
+    /// where the saved one was stopped, and must be told that it is another one: time, names, random numbers.
+    ///
+    /// All else is as for [`Hypervisor::launch`]; its memory is a copy of its own.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] where the template is one of another machine, in QEMU's or `spec`'s eyes. The caller can still
+    /// launch.
+    async fn restore(
+        &self,
+        template: &Path,
         spec: &VmSpec,
         dir: &Path,
         ledger: &mut Ledger,
@@ -251,6 +276,14 @@ pub trait Vm {
 
     /// Becomes `Some` when the machine has ended, by whatever hand: hypervisor or any back end.
     fn ended(&self) -> watch::Receiver<Option<VmExit>>;
+
+    /// Saves the machine as a template in `directory`, which exists and is empty, and ends it. The guest must be idle, and
+    /// have nothing mounted that the host shares; it loses its streams to the host.
+    ///
+    /// # Errors
+    ///
+    /// When it could not be saved; it has then ended all the same, and the directory holds no template.
+    async fn save(self: Box<Self>, directory: &Path) -> Result<(), Error>;
 
     /// Ends the machine now. The guest gets no say; ask the agent first if it should.
     async fn kill(self: Box<Self>) -> Result<(), Error>;

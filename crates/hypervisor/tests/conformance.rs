@@ -50,11 +50,13 @@ fn serve_devices(config: &str) -> ExitCode {
 fn check_all() -> ExitCode {
     let fake = Fake::new(TestGuest);
     let mut good = run("fake", script::whole_life(&fake, &spec("/dev/null", "/dev/null")));
+    good &= run("fake: a template", script::template(&fake, &spec("/dev/null", "/dev/null")));
     match qemu() {
         Err(need) => println!("qemu: SKIPPED: needs {need}"),
         Ok((driver, spec)) => {
             let driver = &*driver;
             good &= run("qemu: a whole life", script::whole_life(driver, &spec));
+            good &= run("qemu: a template", script::template(driver, &spec));
             good &= run("qemu: a killed hypervisor", script::killed_from_outside(driver, &spec));
             good &= run("qemu: a guest that panics", script::panic(driver, &spec));
             good &= run("qemu: a missing program", script::missing_program(driver, &spec));

@@ -7,6 +7,8 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::Path;
 
+use serde_json::{Value, json};
+
 use crate::back_ends::Sockets;
 use crate::qemu::SLOTS;
 use crate::{Acceleration, VmSpec};
@@ -18,6 +20,17 @@ pub(super) struct Inherited {
     pub(super) qmp: RawFd,
     /// The writing end of a pipe, for what the guest writes to its serial console.
     pub(super) console: RawFd,
+    /// The guest's memory, a memfd.
+    pub(super) memory: RawFd,
+}
+
+/// Where a machine's state comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// The kernel's first instruction.
+    Boot,
+    /// A template, loaded by the monitor later; its back ends' devices are added after that.
+    Template,
 }
 
 /// The kernel's parameters on every machine.
@@ -37,7 +50,12 @@ const KERNEL_MEMORY: &str = "memhp_default_state=online memory_hotplug.online_po
 const TRANSLATION_CACHE: u32 = 256;
 
 /// The command line, without the program's name.
-pub(super) fn arguments(spec: &VmSpec, sockets: &Sockets, fds: Inherited) -> Vec<OsString> {
+pub(super) fn arguments(
+    spec: &VmSpec,
+    sockets: &Sockets,
+    fds: Inherited,
+    from: Start,
+) -> Vec<OsString> {
     let mut line = Line::default();
     line.words(&["-no-user-config", "-nodefaults", "-nographic", "-no-reboot", "-S"]);
     line.option(
@@ -45,18 +63,27 @@ pub(super) fn arguments(spec: &VmSpec, sockets: &Sockets, fds: Inherited) -> Vec
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     );
     machine(spec, &mut line);
-    memory(spec, &mut line);
+    memory(spec, fds.memory, &mut line);
     line.option("-kernel", &spec.kernel);
     line.option("-initrd", &spec.initrd);
     line.option("-append", kernel_parameters(spec));
 
-    let Inherited { qmp, console } = fds;
+    let Inherited { qmp, console, .. } = fds;
     line.option("-chardev", format!("socket,id=qmp,fd={qmp}"));
     line.option("-mon", "chardev=qmp,mode=control");
     line.option("-add-fd", format!("fd={console},set=1"));
     line.option("-chardev", "file,id=console,path=/dev/fdset/1,append=on");
     line.option("-serial", "chardev:console");
-    devices(spec, sockets, &mut line);
+    sockets_of_back_ends(spec, sockets, &mut line);
+    devices(spec, &mut line);
+    match from {
+        Start::Boot => {
+            for (_, device) in back_end_devices(spec) {
+                line.option("-device", device.to_string());
+            }
+        }
+        Start::Template => line.option("-incoming", "defer"),
+    }
     line.words
 }
 
@@ -82,10 +109,13 @@ fn machine(spec: &VmSpec, line: &mut Line) {
     line.option("-smp", format!("{cpus},sockets={most},cores=1,threads=1,maxcpus={most}"));
 }
 
-fn memory(spec: &VmSpec, line: &mut Line) {
+fn memory(spec: &VmSpec, fd: RawFd, line: &mut Line) {
     let size = spec.memory_mib;
     // Shared, as the device process must see it.
-    line.option("-object", format!("memory-backend-memfd,id=memory,size={size}M,share=on"));
+    line.option(
+        "-object",
+        format!("memory-backend-file,id=memory,size={size}M,share=on,mem-path=/proc/self/fd/{fd}"),
+    );
     match extra_memory(spec) {
         0 => line.option("-m", format!("{size}M")),
         extra => {
@@ -115,19 +145,40 @@ fn kernel_parameters(spec: &VmSpec) -> String {
     parameters
 }
 
-fn devices(spec: &VmSpec, sockets: &Sockets, line: &mut Line) {
-    let socket =
-        |id: &str, path: &Path| option_with_path(&format!("socket,id={id},path="), path, "");
+fn sockets_of_back_ends(spec: &VmSpec, sockets: &Sockets, line: &mut Line) {
+    let socket = |id: &str, path: &Path| option_with_path(&format!("socket,id={id},path="), path);
     line.option("-chardev", socket("vsock", &sockets.vsock));
-    line.option("-device", "vhost-user-vsock-pci,id=vsock,chardev=vsock,disable-legacy=on");
-    if let Some(share) = &spec.share {
+    if spec.share.is_some() {
         line.option("-chardev", socket("fs", &sockets.fs));
-        let tag = share.tag.replace(',', ",,");
-        line.option(
-            "-device",
-            format!("vhost-user-fs-pci,id=fs,chardev=fs,tag={tag},queue-size=1024"),
-        );
     }
+}
+
+/// The devices of the device process, by their ids: in JSON, which the command line takes as well as the monitor.
+///
+/// They sit in root ports, so that they can be taken out before a template is saved and put into what is made of it.
+pub(super) fn back_end_devices(spec: &VmSpec) -> Vec<(&'static str, Value)> {
+    let vsock = json!({
+        "driver": "vhost-user-vsock-pci",
+        "id": "vsock",
+        "bus": "port-vsock",
+        "chardev": "vsock",
+        "disable-legacy": "on",
+    });
+    let fs = spec.share.as_ref().map(|share| {
+        let device = json!({
+            "driver": "vhost-user-fs-pci",
+            "id": "fs",
+            "bus": "port-fs",
+            "chardev": "fs",
+            "tag": share.tag,
+            "queue-size": 1024,
+        });
+        ("fs", device)
+    });
+    [("vsock", vsock)].into_iter().chain(fs).collect()
+}
+
+fn devices(spec: &VmSpec, line: &mut Line) {
     line.option("-object", "rng-builtin,id=random");
     line.option("-device", "virtio-rng-pci,id=rng,rng=random,disable-legacy=on");
     // Memory that the guest frees goes back to the host.
@@ -141,27 +192,31 @@ fn devices(spec: &VmSpec, sockets: &Sockets, line: &mut Line) {
             "virtio-mem-pci,id=mem,memdev=extra,requested-size=0,disable-legacy=on",
         );
     }
-    for slot in 0..SLOTS {
-        // All in one device of the root bus: eight functions are probed faster than eight devices.
-        let (device, function) = (0x1c - slot / 8, slot % 8);
+    // All functions of few devices of the root bus: those are probed faster than devices.
+    let ports = ["port-vsock".to_owned(), "port-fs".to_owned()].into_iter();
+    for (number, id) in ports.chain((0..SLOTS).map(port)).enumerate() {
+        let (device, function, chassis) = (0x1c - number / 8, number % 8, number + 1);
         line.option(
             "-device",
             format!(
-                "pcie-root-port,id=port{slot},chassis={},slot={slot},addr={device:#x}.{function},multifunction=on,io-reserve=0",
-                slot + 1
+                "pcie-root-port,id={id},chassis={chassis},slot={number},addr={device:#x}.{function},multifunction=on,io-reserve=0"
             ),
         );
     }
 }
 
+/// The id of the root port that is this slot.
+pub(super) fn port(slot: usize) -> String {
+    format!("port{slot}")
+}
+
 /// A comma ends an option's value; two are one.
-fn option_with_path(before: &str, path: &Path, after: &str) -> OsString {
+fn option_with_path(before: &str, path: &Path) -> OsString {
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     let mut bytes = before.as_bytes().to_vec();
     for &byte in path.as_os_str().as_bytes() {
         bytes.extend_from_slice(if byte == b',' { b",," } else { std::slice::from_ref(&byte) });
     }
-    bytes.extend_from_slice(after.as_bytes());
     OsString::from_vec(bytes)
 }
 
@@ -182,7 +237,7 @@ impl Line {
 
 #[cfg(test)]
 mod tests {
-    use super::{Inherited, arguments};
+    use super::{Inherited, Start, arguments};
     use crate::back_ends::Sockets;
     use crate::{Acceleration, SharedDirectory, VmSpec};
     use std::path::Path;
@@ -206,7 +261,7 @@ mod tests {
     /// The command line, an option a line.
     fn lines(spec: &VmSpec, dir: &str) -> String {
         let sockets = Sockets::of(Path::new(dir));
-        arguments(spec, &sockets, Inherited { qmp: 7, console: 9 })
+        arguments(spec, &sockets, Inherited { qmp: 7, console: 9, memory: 11 }, Start::Boot)
             .iter()
             .map(|word| word.to_str().unwrap())
             .map(

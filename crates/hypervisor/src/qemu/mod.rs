@@ -1,6 +1,6 @@
 //! QEMU: KVM where the host has it, else QEMU's own translator.
 
-use std::fs;
+use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -16,16 +16,18 @@ use crate::back_ends::{self, BackEnds, Listeners, Sockets};
 use crate::error::host;
 use crate::log::escaped;
 use crate::processes::{Processes, logs};
-use crate::{Capabilities, Error, Hypervisor, Vm, VmSpec};
+use crate::{Capabilities, Error, Hypervisor, Vm, VmSpec, memory};
 
 mod arguments;
 mod qmp;
 mod resize;
 mod slots;
+mod template;
 mod vm;
 
-use arguments::Inherited;
-use vm::QemuVm;
+use arguments::{Inherited, Start};
+use template::Template;
+use vm::{QemuVm, Shape, Started};
 
 /// The driver's name.
 pub const NAME: &str = "qemu";
@@ -55,8 +57,12 @@ impl Hypervisor for Qemu {
             net_hotplug: true,
             resize: true,
             virtio_fs: true,
-            snapshot: false,
+            snapshot: true,
         }
+    }
+
+    fn fingerprint(&self, spec: &VmSpec) -> Result<String, Error> {
+        template::fingerprint(spec, &located(&program(spec.program.as_deref())))
     }
 
     async fn launch(
@@ -65,31 +71,99 @@ impl Hypervisor for Qemu {
         dir: &Path,
         ledger: &mut Ledger,
     ) -> Result<Box<dyn Vm>, Error> {
-        let sockets = Sockets::of(dir);
-        let listeners = Listeners::bind(&sockets, spec.share.is_some())?;
-        let (logs, [hypervisor_log, devices_log, console]) =
-            logs(dir).map_err(host("write logs in", dir))?;
-        let (monitor, their_monitor) = UnixStream::pair().map_err(host("make a socket in", dir))?;
-
-        let program = program(spec.program.as_deref());
-        let mut command = Command::new(&program);
-        let fds =
-            Inherited { qmp: command.pass(their_monitor.into()), console: command.pass(console) };
-        command.args(arguments::arguments(spec, &sockets, fds));
-        command.stdio(Stdio::null(), Stdio::null(), hypervisor_log.into()).die_with_parent();
-        // Neither waits for the other: QEMU's connections are held in the sockets' backlogs.
-        let qemu = command.spawn().map_err(|source| missing(&program, source))?;
-        let BackEnds { child: devices, lifeline, host_streams } =
-            match back_ends::start(spec, listeners, devices_log) {
-                Ok(back_ends) => back_ends,
-                Err(error) => return Err(abandon(qemu, error)),
-            };
-        let recorded = record(ledger, &[&qemu, &devices]);
-        let processes = Processes::watch(qemu, devices, lifeline, logs);
-        let processes = recorded.and(processes).map_err(host("watch", program))?;
-        let vm = QemuVm::connect(monitor, processes, host_streams, spec, sockets.streams, START);
-        Ok(Box::new(vm.await?))
+        let parts = Parts { spec, dir, fingerprint: self.fingerprint(spec)? };
+        let memory = memory::create(spec.memory_mib).map_err(host("make memory for", dir))?;
+        let (monitor, vm) = start(&parts, memory, Start::Boot, ledger)?;
+        Ok(Box::new(QemuVm::connect(monitor, vm, START).await?))
     }
+
+    async fn restore(
+        &self,
+        template: &Path,
+        spec: &VmSpec,
+        dir: &Path,
+        ledger: &mut Ledger,
+    ) -> Result<Box<dyn Vm>, Error> {
+        let parts = Parts { spec, dir, fingerprint: self.fingerprint(spec)? };
+        let template = Template::open(template, &parts.fingerprint)?;
+        let memory = memory::create(spec.memory_mib).map_err(host("make memory for", dir))?;
+        let clone = |file: &File| file.try_clone().map_err(host("make memory for", dir));
+        let (from, to) = (clone(&template.memory)?, clone(&memory)?);
+        // While QEMU starts, which takes about as long.
+        let filling = tokio::task::spawn_blocking(move || memory::fill(&from, &to));
+        let (monitor, vm) = start(&parts, memory, Start::Template, ledger)?;
+        let mut vm = QemuVm::connect(monitor, vm, START).await?;
+        let filled = filling.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        filled.map_err(host("fill the memory for", dir))?;
+        vm.load(&template, spec).await?;
+        Ok(Box::new(vm))
+    }
+}
+
+/// What a machine is made of.
+struct Parts<'a> {
+    spec: &'a VmSpec,
+    dir: &'a Path,
+    fingerprint: String,
+}
+
+/// Starts QEMU and the device process; neither waits for the other, as QEMU's connections are held in the sockets'
+/// backlogs. Answers our end of QEMU's monitor.
+fn start(
+    parts: &Parts<'_>,
+    memory: File,
+    from: Start,
+    ledger: &mut Ledger,
+) -> Result<(UnixStream, Started), Error> {
+    let Parts { spec, dir, ref fingerprint } = *parts;
+    let sockets = Sockets::of(dir);
+    let listeners = Listeners::bind(&sockets, spec.share.is_some())?;
+    let (logs, [hypervisor_log, devices_log, console]) =
+        logs(dir).map_err(host("write logs in", dir))?;
+    let (monitor, their_monitor) = UnixStream::pair().map_err(host("make a socket in", dir))?;
+    let their_memory = memory.try_clone().map_err(host("make memory for", dir))?;
+
+    let program = program(spec.program.as_deref());
+    let mut command = Command::new(&program);
+    let fds = Inherited {
+        qmp: command.pass(their_monitor.into()),
+        console: command.pass(console),
+        memory: command.pass(their_memory.into()),
+    };
+    command.args(arguments::arguments(spec, &sockets, fds, from));
+    command.stdio(Stdio::null(), Stdio::null(), hypervisor_log.into()).die_with_parent();
+    let qemu = command.spawn().map_err(|source| missing(&program, source))?;
+    let recorded = record(ledger, &qemu);
+    let back_ends = match recorded.map_err(host("keep track of", &program)).and_then(|()| {
+        let back_ends = back_ends::start(spec, listeners, devices_log)?;
+        let recorded = record(ledger, &back_ends.child);
+        recorded.map_err(host("keep track of", &spec.device_program.0))?;
+        Ok(back_ends)
+    }) {
+        Ok(back_ends) => back_ends,
+        Err(error) => return Err(abandon(qemu, error)),
+    };
+    let BackEnds { child: devices, lifeline, host_streams } = back_ends;
+    let processes =
+        Processes::watch(qemu, devices, lifeline, logs).map_err(host("watch", program))?;
+    let started = Started {
+        processes,
+        host_streams,
+        streams: sockets.streams,
+        memory,
+        fingerprint: fingerprint.clone(),
+        back_ends: arguments::back_end_devices(spec).into_iter().map(|(id, _)| id).collect(),
+        shape: Shape::of(spec),
+    };
+    Ok((monitor, started))
+}
+
+/// The file of a program that is looked up in `PATH`.
+fn located(program: &Path) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found =
+        std::env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.exists());
+    found.unwrap_or_else(|| program.to_owned())
 }
 
 /// What the program says its version is: `QEMU emulator version 7.2.22 (…)`.
@@ -111,19 +185,12 @@ fn missing(program: &Path, source: io::Error) -> Error {
 
 /// The program that was configured, or the first of ours that exists; where none does, the first, for the error to name.
 fn program(configured: Option<&Path>) -> PathBuf {
-    let exists = |program: &&str| {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&path).any(|dir| fs::metadata(dir.join(program)).is_ok())
-    };
-    let ours = || PROGRAMS.iter().find(|program| exists(program)).unwrap_or(&PROGRAMS[0]).into();
-    configured.map_or_else(ours, PathBuf::from)
+    let ours = || PROGRAMS.map(Path::new).into_iter().find(|program| located(program).exists());
+    configured.or_else(ours).unwrap_or(Path::new(PROGRAMS[0])).to_owned()
 }
 
-fn record(ledger: &mut Ledger, children: &[&Child]) -> io::Result<()> {
-    for child in children {
-        ledger.record(Undo::Kill(child.id()?))?;
-    }
-    Ok(())
+fn record(ledger: &mut Ledger, child: &Child) -> io::Result<()> {
+    ledger.record(Undo::Kill(child.id()?))
 }
 
 /// Ends a child that is of no use after `error`.

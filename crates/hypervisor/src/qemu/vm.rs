@@ -1,7 +1,7 @@
 //! A running QEMU.
 
-use std::fs::{self, OpenOptions};
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::NAME;
-use super::arguments::extra_memory;
+use super::arguments::{extra_memory, port};
 use super::qmp::{Qmp, QmpError};
 use super::slots::{Kind, Slots};
 use crate::back_ends::HostStreams;
@@ -45,6 +45,22 @@ pub(super) struct QemuVm {
     slots: Slots,
     /// Numbers the descriptors that QEMU gets, so that each has a name of its own.
     last_fd: u64,
+    /// The ids of the devices that the device process serves.
+    pub(super) back_ends: Vec<&'static str>,
+    pub(super) memory: File,
+    pub(super) fingerprint: String,
+    pub(super) shape: Shape,
+}
+
+/// A QEMU that has been started and not yet been heard of.
+#[derive(Debug)]
+pub(super) struct Started {
+    pub(super) processes: Processes,
+    pub(super) host_streams: HostStreams,
+    pub(super) streams: PathBuf,
+    pub(super) memory: File,
+    pub(super) fingerprint: String,
+    pub(super) back_ends: Vec<&'static str>,
     pub(super) shape: Shape,
 }
 
@@ -58,28 +74,45 @@ pub(super) struct Shape {
     pub(super) max_extra_memory_mib: u32,
 }
 
-impl QemuVm {
-    /// Waits for QEMU's first answer.
-    pub(super) async fn connect(
-        monitor: UnixStream,
-        processes: Processes,
-        host_streams: HostStreams,
-        spec: &VmSpec,
-        streams: PathBuf,
-        deadline: Duration,
-    ) -> Result<Self, Error> {
-        let answer = timeout(deadline, Qmp::connect(monitor)).await;
-        let qmp = judge(&processes, "start", deadline, answer).await?;
-        let shape = Shape {
+impl Shape {
+    /// At the start.
+    pub(super) fn of(spec: &VmSpec) -> Self {
+        Self {
             vcpus: spec.vcpus,
             max_vcpus: spec.max_vcpus.max(spec.vcpus),
             base_memory_mib: spec.memory_mib,
             extra_memory_mib: 0,
             max_extra_memory_mib: extra_memory(spec),
-        };
+        }
+    }
+}
+
+impl QemuVm {
+    /// Waits for QEMU's first answer.
+    pub(super) async fn connect(
+        monitor: UnixStream,
+        started: Started,
+        deadline: Duration,
+    ) -> Result<Self, Error> {
+        let Started { processes, host_streams, streams, memory, fingerprint, back_ends, shape } =
+            started;
+        let answer = timeout(deadline, Qmp::connect(monitor)).await;
+        let qmp = judge(&processes, "start", deadline, answer).await?;
         let streams = VsockAddress::Hybrid(streams);
         let slots = Slots::default();
-        Ok(Self { qmp, processes, host_streams, streams, slots, last_fd: 0, shape })
+        let last_fd = 0;
+        Ok(Self {
+            qmp,
+            processes,
+            host_streams,
+            streams,
+            slots,
+            last_fd,
+            back_ends,
+            memory,
+            fingerprint,
+            shape,
+        })
     }
 
     /// Runs a command; `operation` is what it is for, in words that fit after "refused to".
@@ -157,7 +190,7 @@ impl QemuVm {
         let device_options = json!({
             "driver": "virtio-blk-pci",
             "id": device,
-            "bus": format!("port{slot}"),
+            "bus": port(slot),
             "drive": node,
             "serial": serial,
             "disable-legacy": "on",
@@ -187,17 +220,17 @@ impl QemuVm {
             .collect();
         let netdev = format!("net{slot}");
         let mut options =
-            json!({ "type": "tap", "id": netdev, "fds": self.give(OPERATION, tap).await? });
+            json!({ "type": "tap", "id": netdev, "fds": self.give_all(OPERATION, tap).await? });
         if vhost.len() == queues {
             options["vhost"] = true.into();
-            options["vhostfds"] = self.give(OPERATION, vhost).await?.into();
+            options["vhostfds"] = self.give_all(OPERATION, vhost).await?.into();
         }
         self.command(OPERATION, "netdev_add", options).await?;
         let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
         let mut options = json!({
             "driver": "virtio-net-pci",
             "id": format!("device{slot}"),
-            "bus": format!("port{slot}"),
+            "bus": port(slot),
             "netdev": netdev,
             "mac": mac,
             "romfile": "",
@@ -220,16 +253,30 @@ impl QemuVm {
     }
 
     /// Gives QEMU descriptors and answers their names, as `netdev_add` takes them.
-    async fn give(&mut self, operation: &'static str, fds: Vec<OwnedFd>) -> Result<String, Error> {
+    async fn give_all(
+        &mut self,
+        operation: &'static str,
+        fds: Vec<OwnedFd>,
+    ) -> Result<String, Error> {
         let mut names = Vec::new();
         for fd in fds {
             self.last_fd += 1;
             let name = format!("fd{}", self.last_fd);
-            let answer = timeout(COMMAND, self.qmp.send_fd(&name, fd.as_fd())).await;
-            judge(&self.processes, operation, COMMAND, answer).await?;
+            self.give(operation, &name, fd.as_fd()).await?;
             names.push(name);
         }
         Ok(names.join(":"))
+    }
+
+    /// Gives QEMU a descriptor, for a later command to take by its name.
+    pub(super) async fn give(
+        &mut self,
+        operation: &'static str,
+        name: &str,
+        fd: BorrowedFd<'_>,
+    ) -> Result<(), Error> {
+        let answer = timeout(COMMAND, self.qmp.send_fd(name, fd)).await;
+        judge(&self.processes, operation, COMMAND, answer).await
     }
 }
 
@@ -331,6 +378,12 @@ impl Vm for QemuVm {
 
     fn ended(&self) -> watch::Receiver<Option<VmExit>> {
         self.processes.ended()
+    }
+
+    async fn save(mut self: Box<Self>, directory: &Path) -> Result<(), Error> {
+        let saved = self.save_in(directory).await;
+        let killed = self.kill().await;
+        saved.and(killed)
     }
 
     async fn kill(mut self: Box<Self>) -> Result<(), Error> {

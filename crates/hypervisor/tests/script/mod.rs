@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use hypervisor::{Device, Error, Hypervisor, Port, SharedDirectory, Vm, VmExit, VmProcess, VmSpec};
@@ -134,6 +135,47 @@ async fn resize(vm: &mut dyn Vm, claimed: bool, spec: &VmSpec) -> Outcome {
     Ok(())
 }
 
+/// A machine that is saved, and two that are made of it and live at the same time.
+pub(crate) async fn template(driver: &dyn Hypervisor, spec: &VmSpec) -> Outcome {
+    let mut place = Place::new(spec)?;
+    let mut vm = place.launch(driver).await?;
+    let mut ready = vm.listen(Port(protocol::READY_PORT)).await?;
+    vm.boot().await?;
+    hold!(timeout(BOOT, ready.recv()).await?.is_some(), "the guest opened no stream to its host");
+    let template = tempfile::tempdir()?;
+    let (ended, processes) = (vm.ended(), processes(&*vm));
+    let saved = vm.save(template.path()).await;
+    if !driver.capabilities().snapshot {
+        hold!(matches!(saved, Err(Error::Unsupported { .. })), "it claims not to save");
+        return Ok(());
+    }
+    saved?;
+    hold!(ended.borrow().is_some(), "a saved machine has not ended");
+    hold!(processes.iter().all(|process| !process.is_alive()), "a process outlived its machine");
+
+    let mut living = Vec::new();
+    for _ in 0..2 {
+        let Place { directory, mut ledger, spec } = Place::new(spec)?;
+        let restored = driver.restore(template.path(), &spec, directory.path(), &mut ledger);
+        let mut vm = restored.await?;
+        let mut ready = vm.listen(Port(protocol::READY_PORT)).await?;
+        vm.boot().await?;
+        hold!(timeout(BOOT, ready.recv()).await?.is_some(), "a restored guest says nothing");
+        vm.connect(Port(protocol::CONTROL_PORT)).await?;
+        plug(&mut *vm, driver.capabilities().net_hotplug, "eth0", network_device).await?;
+        living.push((vm, directory));
+    }
+    for (vm, _directory) in living {
+        vm.kill().await?;
+    }
+
+    let larger = VmSpec { max_memory_mib: spec.max_memory_mib + 128, ..spec.clone() };
+    let Place { directory, mut ledger, spec } = Place::new(&larger)?;
+    let refused = driver.restore(template.path(), &spec, directory.path(), &mut ledger).await;
+    hold!(matches!(refused, Err(Error::Refused { .. })), "it restored another machine's template");
+    Ok(())
+}
+
 /// A hypervisor that somebody kills takes the device process with it.
 pub(crate) async fn killed_from_outside(driver: &dyn Hypervisor, spec: &VmSpec) -> Outcome {
     let mut place = Place::new(spec)?;
@@ -189,7 +231,9 @@ fn disk_device(path: &Path) -> Device {
 
 /// A tap, in the network namespace of the test; it goes when the machine closes it.
 fn network_device() -> std::io::Result<Device> {
-    let name = format!("kc{}", std::process::id());
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("kc{}-{count}", std::process::id());
     let tap = match linux::tap::create(&name, false) {
         Ok(tap) => OwnedFd::from(tap),
         // Enough for a driver that only counts.
