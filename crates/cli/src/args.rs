@@ -111,6 +111,9 @@ pub(crate) enum Command {
     /// The guest's kernel and initial file system.
     #[command(subcommand)]
     Image(Image),
+    /// Machines that have booted, of which sandboxes are copies.
+    #[command(subcommand)]
+    Template(Template),
 }
 
 /// How a container is created; shared by `create` and `run`.
@@ -369,6 +372,27 @@ pub(crate) enum Image {
         /// The image's directory [default: as configured].
         #[arg(long, value_name = "DIR")]
         path: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Template {
+    /// Make the template for containers without limits now, rather than at the first start.
+    Create,
+    /// List templates.
+    List {
+        /// `table` or `json`.
+        #[arg(short, long, value_enum, default_value = "table")]
+        format: Format,
+    },
+    /// Remove templates; running containers do not need them.
+    Remove {
+        /// All of them.
+        #[arg(short, long)]
+        all: bool,
+        /// Their names.
+        #[arg(required_unless_present = "all")]
+        names: Vec<String>,
     },
 }
 

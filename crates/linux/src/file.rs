@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use rustix::fs::FlockOperation;
+
 /// Replaces the file at `path` with `bytes`, mode 0600: a reader sees the old file or the new one, never half.
 ///
 /// # Errors
@@ -36,20 +38,43 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 ///
 /// When the file cannot be opened or the file system has no locks.
 pub fn lock(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
+    let file = open_lock(path)?;
+    rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
     Ok(file)
+}
+
+/// As [`lock`], but answers nothing where somebody else holds it.
+///
+/// # Errors
+///
+/// As [`lock`].
+pub fn try_lock(path: &Path) -> io::Result<Option<File>> {
+    let file = open_lock(path)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::replace;
+    use super::{replace, try_lock};
+
+    #[test]
+    fn a_lock_that_is_held_is_not_taken_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let held = try_lock(&path).unwrap();
+        assert!(held.is_some());
+        assert!(try_lock(&path).unwrap().is_none());
+        drop(held);
+        assert!(try_lock(&path).unwrap().is_some());
+    }
 
     #[test]
     fn replaces_whole_and_leaves_nothing_beside_it() {

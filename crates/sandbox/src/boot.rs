@@ -14,6 +14,7 @@ use linux::ledger::Ledger;
 use linux::process::ProcessId;
 use network::Network;
 use protocol::agent as wire;
+use protocol::oci::LinuxResources;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -22,7 +23,7 @@ use crate::agent::Agent;
 use crate::config::{AccelerationConfig, Config};
 use crate::error::{Error, ErrorKind};
 use crate::hooks;
-use crate::launch::{Caller, Launch};
+use crate::launch::Caller;
 use crate::process::Prepared;
 use crate::resources;
 use crate::running::Running;
@@ -31,6 +32,7 @@ use crate::spec::Bundle;
 use crate::state::ContainerId;
 use crate::status::Status;
 use crate::stdio::Stdio;
+use crate::template::{self, Origin};
 
 /// Fresh randomness for a guest.
 const ENTROPY_BYTES: usize = 64;
@@ -40,13 +42,14 @@ struct Booted {
     vm: Box<dyn Vm>,
     agent: Agent,
     files: storage::Plan,
+    origin: Origin,
     /// When the machine ran, the hooks were done and the agent answered, since the process began.
     phases: [Duration; 3],
 }
 
 /// Boots the machine and creates the container in it.
 pub(crate) async fn create(mut prepared: Prepared, caller: &mut Caller) -> Result<Running, Error> {
-    let Booted { mut vm, agent, files, phases } = boot(&mut prepared, caller).await?;
+    let Booted { mut vm, agent, files, origin, phases } = boot(&mut prepared, caller).await?;
     let Prepared { launch, bundle, dir, stdio, mut ledger, cgroup, netns, began } = prepared;
     let hello = agent.hello().await?;
     agent.resync(resync(&bundle)?).await?;
@@ -73,6 +76,7 @@ pub(crate) async fn create(mut prepared: Prepared, caller: &mut Caller) -> Resul
         .map_err(Error::host("open a stream into", "the guest"))?;
     let [launched, hooked, booted] = phases.map(|phase| phase.as_millis());
     info!(
+        ?origin,
         kernel = crate::error::from_guest(&hello.kernel_release),
         launched_ms = launched,
         hooks_ms = hooked,
@@ -124,9 +128,12 @@ async fn boot(prepared: &mut Prepared, caller: &mut Caller) -> Result<Booted, Er
     }
     linux::mount::share(&share).map_err(Error::host("share", &share))?;
 
-    let spec = machine_spec(launch, bundle, share.clone())?;
-    let driver = hypervisor::driver(&launch.config.hypervisor.driver)?;
-    let mut vm = driver.launch(&spec, &machine, ledger).await?;
+    let config = &launch.config;
+    let device_program = launch.device_program.clone();
+    let spec = machine_spec(config, bundle.resources(), share.clone(), device_program)?;
+    let driver = hypervisor::driver(&config.hypervisor.driver)?;
+    let (mut vm, origin) =
+        template::machine(driver.as_ref(), &spec, config, &machine, ledger).await?;
     let mut ready = vm.listen(Port(protocol::READY_PORT)).await?;
     vm.boot().await?;
     let launched = began.elapsed();
@@ -135,18 +142,23 @@ async fn boot(prepared: &mut Prepared, caller: &mut Caller) -> Result<Booted, Er
     caller.run_hooks().await?;
     let hooked = began.elapsed();
     let agent = tokio::select! {
-        agent = agent_ready(vm.as_ref(), &mut ready, &launch.config, &machine) => agent?,
+        agent = connect(vm.as_ref(), &mut ready, config, &machine) => agent?,
         () = caller.gone() => return Err(Caller::lost()),
     };
     let phases = [launched, hooked, began.elapsed()];
-    Ok(Booted { vm, agent, files, phases })
+    Ok(Booted { vm, agent, files, origin, phases })
 }
 
-fn machine_spec(launch: &Launch, bundle: &Bundle, share: PathBuf) -> Result<VmSpec, Error> {
-    let config: &Config = &launch.config;
+/// The machine for a container with these limits.
+pub(crate) fn machine_spec(
+    config: &Config,
+    limits: Option<&LinuxResources>,
+    share: PathBuf,
+    device_program: (PathBuf, Vec<String>),
+) -> Result<VmSpec, Error> {
     let host_cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let host_cpus = u32::try_from(host_cpus).unwrap_or(1);
-    let size = resources::size(bundle.resources(), &config.sandbox, host_cpus);
+    let size = resources::size(limits, &config.sandbox, host_cpus);
     let acceleration = match config.hypervisor.qemu.acceleration {
         AccelerationConfig::Kvm => Acceleration::Kvm,
         AccelerationConfig::Tcg => Acceleration::Tcg,
@@ -176,22 +188,38 @@ fn machine_spec(launch: &Launch, bundle: &Bundle, share: PathBuf) -> Result<VmSp
         cmdline: config.image.cmdline.clone(),
         share: Some(SharedDirectory { tag: protocol::paths::SHARE_TAG.to_owned(), path: share }),
         program: config.hypervisor.qemu.path.clone(),
-        device_program: launch.device_program.clone(),
+        device_program,
     })
 }
 
 /// Waits for the agent's sign and connects to it.
-async fn agent_ready(
+async fn connect(
     vm: &dyn Vm,
     ready: &mut mpsc::Receiver<GuestStream>,
     config: &Config,
     machine: &Path,
 ) -> Result<Agent, Error> {
+    agent_ready(vm, ready, config, machine).await?;
+    let stream = vm.connect(Port(protocol::CONTROL_PORT)).await?;
+    let timeout = Duration::from_secs(config.sandbox.agent_timeout);
+    Ok(Agent::new(stream, timeout, console(machine)))
+}
+
+/// Waits for the agent's sign that it is listening.
+pub(crate) async fn agent_ready(
+    vm: &dyn Vm,
+    ready: &mut mpsc::Receiver<GuestStream>,
+    config: &Config,
+    machine: &Path,
+) -> Result<(), Error> {
     let seconds = config.sandbox.boot_timeout;
-    let console = machine.join("console.log");
+    let console = console(machine);
     let mut ended = vm.ended();
     tokio::select! {
-        stream = ready.recv() => drop(stream),
+        stream = ready.recv() => {
+            drop(stream);
+            Ok(())
+        }
         exit = ended.wait_for(Option::is_some) => {
             let exit = exit.ok().and_then(|exit| exit.clone());
             let how = exit.map_or_else(String::new, |exit| exit.to_string());
@@ -199,14 +227,17 @@ async fn agent_ready(
                 "the virtual machine ended {how} before its agent answered; its console is in {}",
                 console.display()
             );
-            return Err(Error::Told { text, kind: ErrorKind::Unavailable });
+            Err(Error::Told { text, kind: ErrorKind::Unavailable })
         }
         () = tokio::time::sleep(Duration::from_secs(seconds)) => {
-            return Err(Error::GuestTimeout { what: "boot", seconds, console });
+            Err(Error::GuestTimeout { what: "boot", seconds, console })
         }
     }
-    let stream = vm.connect(Port(protocol::CONTROL_PORT)).await?;
-    Ok(Agent::new(stream, Duration::from_secs(config.sandbox.agent_timeout), console))
+}
+
+/// Where the driver keeps what the guest's kernel says.
+fn console(machine: &Path) -> PathBuf {
+    machine.join("console.log")
 }
 
 fn resync(bundle: &Bundle) -> Result<wire::ResyncRequest, Error> {

@@ -29,6 +29,8 @@ pub struct Config {
     pub sandbox: SandboxConfig,
     /// The hypervisor.
     pub hypervisor: HypervisorConfig,
+    /// Starting sandboxes as copies of a booted machine.
+    pub template: TemplateConfig,
     /// Who may change what by annotations.
     pub annotations: AnnotationConfig,
 }
@@ -129,6 +131,44 @@ pub enum AccelerationConfig {
     Kvm,
     /// Emulation.
     Tcg,
+}
+
+/// Starting sandboxes as copies of a booted machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TemplateConfig {
+    /// Whether to.
+    pub mode: TemplateMode,
+    /// Where templates are kept; none: `/var/lib/kata-containers/templates`, or below `$XDG_DATA_HOME` for a user who is
+    /// not root. A template takes some 100 MiB.
+    pub directory: Option<PathBuf>,
+}
+
+impl TemplateConfig {
+    /// Where templates are kept.
+    #[must_use]
+    pub fn directory(&self) -> PathBuf {
+        if let Some(directory) = &self.directory {
+            return directory.clone();
+        }
+        if rustix::process::geteuid().is_root() {
+            return "/var/lib/kata-containers/templates".into();
+        }
+        image::default_directory().join("templates")
+    }
+}
+
+/// Whether sandboxes start as copies of a booted machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TemplateMode {
+    /// Where it works, else they boot.
+    #[default]
+    Auto,
+    /// They boot.
+    Off,
+    /// They do not start otherwise.
+    Require,
 }
 
 /// Who may change what by annotations.

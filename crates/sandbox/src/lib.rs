@@ -23,8 +23,12 @@ mod stand_in;
 mod state;
 mod status;
 mod stdio;
+pub mod template;
 
-pub use config::{AccelerationConfig, Config, HypervisorConfig, ImageConfig, SandboxConfig};
+pub use config::{
+    AccelerationConfig, Config, HypervisorConfig, ImageConfig, SandboxConfig, TemplateConfig,
+    TemplateMode,
+};
 pub use control::{GuestProcess, Processes, Stats};
 pub use error::{Chain, Error, ErrorKind};
 pub use operations::{

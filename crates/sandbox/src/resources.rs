@@ -18,7 +18,13 @@ pub(crate) struct Size {
     pub(crate) memory_mib: u32,
 }
 
+/// Machines larger than the usual one come in steps of this, so that few shapes, and few templates, serve all limits.
+const STEP_MIB: u32 = 1024;
+
 /// The machine for a container with these limits, on a host with `host_cpus`.
+///
+/// One with a small memory limit gets the usual machine all the same: its own cgroup in the guest holds it to its limit,
+/// and memory that the guest does not touch costs the host nothing.
 pub(crate) fn size(
     resources: Option<&LinuxResources>,
     config: &SandboxConfig,
@@ -31,11 +37,11 @@ pub(crate) fn size(
     });
     let limit = memory_limit(resources).and_then(|bytes| {
         let mib = bytes.div_ceil(MIB) + u64::from(config.guest_overhead_mib);
-        u32::try_from(mib).ok()
+        u32::try_from(mib).ok()?.checked_next_multiple_of(STEP_MIB)
     });
     Size {
         vcpus: quota.unwrap_or(config.vcpus).clamp(1, host_cpus.max(1)),
-        memory_mib: limit.unwrap_or(config.memory_mib),
+        memory_mib: limit.unwrap_or_default().max(config.memory_mib),
     }
 }
 
@@ -112,7 +118,8 @@ mod tests {
             ),
             (json!({"cpu": {"quota": 9_900_000}}), Size { vcpus: 4, memory_mib: 2048 }),
             (json!({"cpu": {"quota": -1}}), Size { vcpus: 1, memory_mib: 2048 }),
-            (json!({"memory": {"limit": 268_435_456}}), Size { vcpus: 1, memory_mib: 384 }),
+            (json!({"memory": {"limit": 268_435_456}}), Size { vcpus: 1, memory_mib: 2048 }),
+            (json!({"memory": {"limit": 2_147_483_648_u64}}), Size { vcpus: 1, memory_mib: 3072 }),
             (json!({"memory": {"limit": -1}}), Size { vcpus: 1, memory_mib: 2048 }),
         ];
         for (json, expected) in cases {

@@ -7,6 +7,7 @@ mod lifecycle;
 mod query;
 mod resources;
 mod run;
+mod template;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -72,6 +73,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Check => return host::check(&context),
         Command::Env { json } => host::env(&context, *json)?,
         Command::Image(command) => host::image(&context, command)?,
+        Command::Template(command) => template::run(&context, command)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -76,7 +76,7 @@ pub(super) fn ps(context: &Context<'_>, args: &args::Ps) -> anyhow::Result<()> {
 }
 
 /// Prints columns three blanks apart, as runc does.
-fn table<const N: usize>(head: &[&str; N], rows: impl Iterator<Item = [String; N]>) {
+pub(super) fn table<const N: usize>(head: &[&str; N], rows: impl Iterator<Item = [String; N]>) {
     let mut all = vec![head.map(str::to_owned)];
     all.extend(rows);
     let mut widths = [0; N];
