@@ -24,7 +24,7 @@ pub(crate) const REQUIRED: &[&str] = &[
 ];
 
 /// Loaded as well, where the kernel has them.
-pub(crate) const OPTIONAL: &[&str] = &["virtio_rng", "virtio_balloon", "virtio_mem", "erofs"];
+pub(crate) const OPTIONAL: &[&str] = &["virtio_rng", "virtio_balloon", "virtio_mem"];
 
 /// A module, ready for the initial file system.
 #[derive(Debug)]
