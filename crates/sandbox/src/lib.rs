@@ -9,8 +9,10 @@
 mod agent;
 mod boot;
 mod config;
+mod console;
 mod control;
 mod error;
+mod exec;
 mod hooks;
 mod launch;
 mod operations;
@@ -29,11 +31,13 @@ pub use config::{
     AccelerationConfig, Config, HypervisorConfig, ImageConfig, SandboxConfig, TemplateConfig,
     TemplateMode,
 };
+pub use console::Console;
 pub use control::{GuestProcess, Processes, Stats};
 pub use error::{Chain, Error, ErrorKind};
+pub use exec::{Exec, exec_defaults, exec_detached, exec_here};
 pub use operations::{
-    Console, Create, Created, Exec, State, create, delete, exec_defaults, exec_detached, exec_here,
-    kill, list, pause, processes, resume, start, state, stats, update,
+    Create, Created, State, create, delete, kill, list, pause, processes, resume, start, state,
+    stats, update,
 };
 pub use process::serve;
 pub use spec::Bundle;

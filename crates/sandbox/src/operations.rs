@@ -5,17 +5,15 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Stdio as ChildStdio;
 use std::time::Duration;
 
 use linux::ThisHost;
 use linux::ledger::Ledger;
 use linux::process::{Child, Command, ProcessId};
-use linux::pty::{self, Pty, WindowSize};
-use protocol::oci::{Hook, Process};
+use protocol::oci::Hook;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use serde::Serialize;
@@ -23,15 +21,14 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::config::Config;
+use crate::console::{self, Console};
 use crate::control::{Client, Processes, Request, Response, Stats};
 use crate::error::{Chain, Error};
 use crate::hooks;
 use crate::launch::{HooksDone, Launch, Report};
 use crate::spec::Bundle;
-use crate::stand_in;
 use crate::state::{ContainerDir, ContainerId, ContainerRecord, Root};
 use crate::status::{Operation, Status};
-use crate::stdio::Stdio;
 
 /// How long a sandbox process may take to kill its container before it is killed itself.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,15 +38,6 @@ const EXIT_TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// SIGKILL's number.
 const SIGKILL: u32 = 9;
-
-/// Where a process with a terminal finds it.
-#[derive(Debug, Clone)]
-pub enum Console {
-    /// The caller's own standard streams: files and pipes, or the caller's terminal, which it has put in raw mode.
-    Caller,
-    /// A new terminal, whose master goes to this Unix socket.
-    Socket(PathBuf),
-}
 
 /// A container to be created.
 #[derive(Debug)]
@@ -111,7 +99,7 @@ pub fn create(request: &Create<'_>) -> Result<Created, Error> {
 fn launch(request: &Create<'_>, config: Config, dir: &ContainerDir) -> Result<Created, Error> {
     let wants_terminal = request.bundle.process()?.terminal().unwrap_or_default();
     let mut command = Command::new(request.program);
-    attach_streams(&mut command, wants_terminal, &request.console, request.bundle.process()?)?;
+    console::attach(&mut command, wants_terminal, &request.console, request.bundle.process()?)?;
     let (ours, theirs) = UnixStream::pair().map_err(Error::host("create", "a socket pair"))?;
     let number = command.pass(theirs.into());
     command.name("kata").args(["sandbox".to_owned(), number.to_string()]).new_session();
@@ -180,43 +168,6 @@ fn run_runtime_hooks(bundle: &Bundle, id: &ContainerId, pid: u32) -> Result<(), 
     let prestart = all.prestart().as_deref().unwrap_or_default();
     hooks::run("prestart", prestart, &state)?;
     hooks::run("createRuntime", all.create_runtime().as_deref().unwrap_or_default(), &state)
-}
-
-/// Gives a child its standard streams: the caller's, or a new terminal's.
-fn attach_streams(
-    command: &mut Command,
-    wants_terminal: bool,
-    console: &Console,
-    process: &Process,
-) -> Result<(), Error> {
-    let inherit = ChildStdio::inherit;
-    match (wants_terminal, console) {
-        (false, Console::Socket(_)) => Err(Error::invalid(
-            "cannot use console socket if the process has no terminal (process.terminal is false)",
-        )),
-        (_, Console::Caller) => {
-            command.stdio(inherit(), inherit(), inherit());
-            Ok(())
-        }
-        (true, Console::Socket(socket)) => {
-            let pty = Pty::open().map_err(Error::host("open", "/dev/ptmx"))?;
-            // The guest's terminal does what a terminal does; this one only carries bytes.
-            pty::set_raw(&pty.slave).map_err(Error::host("set up", "the terminal"))?;
-            if let Some(size) = process.console_size() {
-                let cut = |number: u64| u16::try_from(number).unwrap_or_default();
-                let size = WindowSize { rows: cut(size.height()), columns: cut(size.width()) };
-                pty::set_window_size(&pty.slave, size)
-                    .map_err(Error::host("set up", "the terminal"))?;
-            }
-            let copy = || -> Result<ChildStdio, Error> {
-                let fd = pty.slave.as_fd().try_clone_to_owned();
-                fd.map(ChildStdio::from).map_err(Error::host("keep", "the terminal"))
-            };
-            command.stdio(copy()?, copy()?, copy()?);
-            pty::send_to_console_socket(socket, &pty)
-                .map_err(Error::host("send the terminal to console socket", socket))
-        }
-    }
 }
 
 fn last_words(dir: &ContainerDir) -> String {
@@ -323,7 +274,7 @@ pub fn list(root: &Root) -> Result<Vec<State>, Error> {
 }
 
 /// Finds a container that `operation` is lawful on.
-fn lawful(
+pub(crate) fn lawful(
     root: &Root,
     id: &ContainerId,
     operation: Operation,
@@ -504,103 +455,4 @@ pub fn processes(root: &Root, id: &ContainerId) -> Result<Processes, Error> {
         Response::Processes(processes) => Ok(processes),
         _ => Err(Error::SandboxGone { id: id.as_str().to_owned() }),
     }
-}
-
-/// A process to be run in a container.
-#[derive(Debug)]
-pub struct Exec<'a> {
-    /// Where the container's state is.
-    pub root: &'a Root,
-    /// The container.
-    pub id: &'a ContainerId,
-    /// The OCI spec's `process`.
-    pub process: &'a Process,
-    /// Its standard streams.
-    pub console: Console,
-    /// The `kata` binary.
-    pub program: &'a Path,
-}
-
-/// The defaults for an exec: the container's own `process`.
-///
-/// # Errors
-///
-/// When the container does not run, or its bundle has gone.
-pub fn exec_defaults(root: &Root, id: &ContainerId) -> Result<Process, Error> {
-    let (_, record) = lawful(root, id, Operation::Exec)?;
-    Bundle::load(&record.bundle)?.process().cloned()
-}
-
-fn exec_request(process: &Process) -> Result<String, Error> {
-    crate::spec::check_process(process, "process")?;
-    serde_json::to_string(process).map_err(|error| Error::invalid(format!("process: {error}")))
-}
-
-/// Runs a process in a container and answers its stand-in, a child of the caller, once the process runs.
-///
-/// # Errors
-///
-/// When the container does not run, or the program cannot be run.
-pub fn exec_detached(request: &Exec<'_>) -> Result<Child, Error> {
-    let (dir, _) = lawful(request.root, request.id, Operation::Exec)?;
-    let terminal = request.process.terminal().unwrap_or_default();
-    let mut command = Command::new(request.program);
-    attach_streams(&mut command, terminal, &request.console, request.process)?;
-    let (ours, theirs) = UnixStream::pair().map_err(Error::host("create", "a socket pair"))?;
-    let number = command.pass(theirs.into());
-    command.name("kata").args(["stand-in".to_owned(), number.to_string()]);
-    if matches!(request.console, Console::Socket(_)) {
-        command.controlling_terminal();
-    } else {
-        command.new_session();
-    }
-    let mut child =
-        command.spawn().map_err(Error::host("start the stand-in from", request.program))?;
-    let order = stand_in::Order {
-        vm: dir.vm().clone(),
-        id: request.id.as_str().to_owned(),
-        process: exec_request(request.process)?,
-        terminal,
-    };
-    let gone = |_: io::Error| Error::Told {
-        text: "the exec's stand-in ended early".into(),
-        kind: crate::error::ErrorKind::Internal,
-    };
-    let answer = serde_json::to_vec(&order).map_err(io::Error::from).and_then(|mut line| {
-        line.push(b'\n');
-        (&ours).write_all(&line)?;
-        let mut answer = String::new();
-        BufReader::new(&ours).read_line(&mut answer)?;
-        Ok(serde_json::from_str(&answer)?)
-    });
-    match answer.map_err(gone) {
-        Ok(Report::Ready) => Ok(child),
-        failed => {
-            drop(child.signal(Signal::KILL));
-            drop(child.wait());
-            match failed? {
-                Report::Failed { text, kind } => Err(Error::Told { text, kind }),
-                Report::Ready | Report::Hooks => Err(gone(io::ErrorKind::InvalidData.into())),
-            }
-        }
-    }
-}
-
-/// Runs a process in a container, with the caller's own standard streams, to its end. Answers its exit code. The calling
-/// process is its stand-in.
-///
-/// # Errors
-///
-/// When the container does not run, or the program cannot be run.
-pub fn exec_here(request: &Exec<'_>) -> Result<u8, Error> {
-    let (dir, _) = lawful(request.root, request.id, Operation::Exec)?;
-    let terminal = request.process.terminal().unwrap_or_default();
-    let stdio = Stdio::own(terminal).map_err(Error::host("keep", "the standard streams"))?;
-    let order = stand_in::Order {
-        vm: dir.vm().clone(),
-        id: request.id.as_str().to_owned(),
-        process: exec_request(request.process)?,
-        terminal,
-    };
-    stand_in::run(&order, stdio, || {})
 }
