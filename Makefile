@@ -49,7 +49,7 @@ $(RUNTIME): Makefile
 	@mkdir -p $(BUILD)/bin
 	@printf '#!/bin/sh\nexec %s --config %s "$$@"\n' $(BUILD)/bin/kata/kata-runtime $(BUILD)/config.toml >$@.new
 	@mkdir -p $(BUILD)/bin/kata && ln -sfn $(CURDIR)/$(HOST) $(BUILD)/bin/kata/kata-runtime
-	@printf '[image]\npath = "%s"\n' $(IMAGE) >$(BUILD)/config.toml
+	@printf '[image]\npath = "%s"\n[template]\ndirectory = "%s"\n' $(IMAGE) $(BUILD)/templates >$(BUILD)/config.toml
 	@chmod 0755 $@.new && mv $@.new $@
 
 image: $(IMAGE)/manifest.json ## Make the guest image
