@@ -132,15 +132,19 @@ async fn boot(prepared: &mut Prepared, caller: &mut Caller) -> Result<Booted, Er
     let device_program = launch.device_program.clone();
     let spec = machine_spec(config, bundle.resources(), share.clone(), device_program)?;
     let driver = hypervisor::driver(&config.hypervisor.driver)?;
-    let (mut vm, origin) =
-        template::machine(driver.as_ref(), &spec, config, &machine, ledger).await?;
-    let mut ready = vm.listen(Port(protocol::READY_PORT)).await?;
-    vm.boot().await?;
-    let launched = began.elapsed();
-
     storage::attach(&files, &share, ledger)?;
-    caller.run_hooks().await?;
-    let hooked = began.elapsed();
+    let started = async {
+        let (mut vm, origin) =
+            template::machine(driver.as_ref(), &spec, config, &machine, ledger).await?;
+        let ready = vm.listen(Port(protocol::READY_PORT)).await?;
+        vm.boot().await?;
+        Ok::<_, Error>((vm, ready, origin, began.elapsed()))
+    };
+    let hooked = async {
+        caller.run_hooks().await?;
+        Ok(began.elapsed())
+    };
+    let ((vm, mut ready, origin, launched), hooked) = tokio::try_join!(started, hooked)?;
     let agent = tokio::select! {
         agent = connect(vm.as_ref(), &mut ready, config, &machine) => agent?,
         () = caller.gone() => return Err(Caller::lost()),
