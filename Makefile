@@ -75,14 +75,12 @@ install: ## Put programs and image in place (PREFIX, DESTDIR) and say how to reg
 	@$(MAKE) --no-print-directory build image
 	@install -D -m 0755 $(HOST) $(DESTDIR)$(PREFIX)/bin/kata
 	@ln -sfn kata $(DESTDIR)$(PREFIX)/bin/kata-runtime
-	@ln -sfn kata $(DESTDIR)$(PREFIX)/bin/containerd-shim-kata-v2
 	@install -d -m 0755 $(SHARE)
 	@cp $(IMAGE)/* $(SHARE)/
 	@scripts/registration.sh $(PREFIX)/bin/kata-runtime
 
 uninstall: ## Remove what `make install` put in place
 	rm -f $(DESTDIR)$(PREFIX)/bin/kata $(DESTDIR)$(PREFIX)/bin/kata-runtime
-	rm -f $(DESTDIR)$(PREFIX)/bin/containerd-shim-kata-v2
 	rm -rf $(SHARE)
 
 clean: ## Remove what was built
