@@ -262,12 +262,14 @@ fn plays(pid: u32, role: Role) -> bool {
     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let words: Vec<_> = line.split(|&byte| byte == 0).take(3).collect();
     let program = String::from_utf8_lossy(words.first().copied().unwrap_or_default());
-    let program = program.rsplit('/').next().unwrap_or_default();
-    let is_role = |name: &str| words.iter().skip(1).any(|word| *word == name.as_bytes());
+    // Our roles are started by `/proc/self/exe`: the role is the first argument.
+    let role_word = words.get(1).map(|word| String::from_utf8_lossy(word));
     match role {
-        Role::Sandbox => program.starts_with("kata") && is_role("sandbox"),
-        Role::Device => program.starts_with("kata") && is_role("device"),
-        Role::Hypervisor => program.starts_with("qemu-system"),
+        Role::Sandbox => role_word.is_some_and(|word| word == "sandbox"),
+        Role::Device => role_word.is_some_and(|word| word == "device"),
+        Role::Hypervisor => {
+            program.rsplit('/').next().is_some_and(|name| name.starts_with("qemu-system"))
+        }
     }
 }
 

@@ -66,7 +66,9 @@ impl<'a> Servers<'a> {
         let mut command = docker.host_command("busybox");
         command.args(["httpd", "-f", "-p", "172.31.250.1:8081", "-h"]).arg(dir);
         let host = Daemon::start(command, &dir.join("httpd.log"))?;
-        let line = format!("dd if=/dev/zero of=/dev/shm/zeros bs=1M count={STREAM_MIB} 2>/dev/null && exec httpd -f -h /dev/shm");
+        let line = format!(
+            "dd if=/dev/zero of=/dev/shm/zeros bs=1M count={STREAM_MIB} 2>/dev/null && exec httpd -f -h /dev/shm"
+        );
         let run = docker.run(&["run", "-d", "--shm-size", "512m", "--runtime", runtime]);
         let id = run.args([IMAGE, "sh", "-c", &line]).text()?;
         let mut servers = Self { docker, id, address: String::new(), _host: host };
