@@ -67,7 +67,7 @@ async fn serve(started: Duration) -> Result<(), Error> {
     let containers = Arc::new(Containers::new(reaper, Arc::clone(&streams)));
     let events = uevent::Events::open()?;
     let server = rpc::serve(containers, started).await?;
-    tokio::spawn(uevent::announce(events));
+    tokio::spawn(uevent::follow(events));
     let error = tokio::select! {
         ended = reaping => ("reap processes", ended),
         ended = listening => ("take streams", ended),

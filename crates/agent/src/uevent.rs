@@ -1,5 +1,7 @@
 //! The kernel's device events, and the host's notice that the guest can be reached.
 
+use std::collections::HashMap;
+use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -61,13 +63,20 @@ impl Events {
 
 const LOST: &[u8] = b"lost\0ACTION=bind\0SUBSYSTEM=virtio\0DRIVER=vmw_vsock_virtio_transport\0";
 
-/// Tells the host, each time that a vsock device has become usable, that the agent listens.
-pub(crate) async fn announce(events: Events) {
+/// Acts on what the kernel says: tells the host, each time that a vsock device has become usable, that the agent
+/// listens, and takes CPUs and memory into use that the host has plugged in.
+pub(crate) async fn follow(events: Events) {
     tell_host().await;
     loop {
         match events.next().await {
-            Ok(event) if is_vsock_bound(&event) => tell_host().await,
-            Ok(_) => {}
+            Ok(event) => {
+                if is_vsock_bound(&event) {
+                    tell_host().await;
+                }
+                if let Some(device) = added_processor_or_memory(&event) {
+                    take_into_use(device);
+                }
+            }
             Err(error) => {
                 console::err(&format!("kata-agent: cannot hear of devices: {error}"));
                 return;
@@ -80,6 +89,24 @@ pub(crate) async fn announce(events: Events) {
 fn is_vsock_bound(event: &[u8]) -> bool {
     let has = |line: &[u8]| event.split(|&byte| byte == 0).any(|one| one == line);
     has(b"ACTION=bind") && has(b"DRIVER=vmw_vsock_virtio_transport")
+}
+
+/// The path below /sys of a CPU or a block of memory that has just been plugged in.
+fn added_processor_or_memory(event: &[u8]) -> Option<&str> {
+    let mut lines = event.split(|&byte| byte == 0).filter_map(|line| str::from_utf8(line).ok());
+    let fields: HashMap<_, _> = lines.by_ref().filter_map(|line| line.split_once('=')).collect();
+    let is_added = fields.get("ACTION") == Some(&"add");
+    let is_ours = matches!(fields.get("SUBSYSTEM"), Some(&"cpu" | &"memory"));
+    fields.get("DEVPATH").copied().filter(|_| is_added && is_ours)
+}
+
+fn take_into_use(device: &str) {
+    let path = format!("/sys{device}/online");
+    // The kernel may have done it by itself; and the boot CPU has no such file.
+    let is_used = fs::read_to_string(&path).is_ok_and(|text| text.trim() == "1");
+    if !is_used && let Err(error) = fs::write(&path, "1") {
+        console::err(&format!("kata-agent: cannot write {path}: {error}"));
+    }
 }
 
 /// Opens a stream to the host and closes it. That fails where there is no device yet (ENODEV: an event will
@@ -95,7 +122,21 @@ async fn tell_host() {
 
 #[cfg(test)]
 mod tests {
-    use super::is_vsock_bound;
+    use super::{added_processor_or_memory, is_vsock_bound};
+
+    #[test]
+    fn a_plugged_in_cpu_is_found() {
+        let event = |action: &str, subsystem: &str| {
+            format!(
+                "{action}@/d\0ACTION={action}\0DEVPATH=/devices/system/cpu/cpu1\0SUBSYSTEM={subsystem}\0"
+            )
+        };
+        let found = event("add", "cpu");
+        let path = added_processor_or_memory(found.as_bytes());
+        assert_eq!(path, Some("/devices/system/cpu/cpu1"));
+        assert_eq!(added_processor_or_memory(event("add", "net").as_bytes()), None);
+        assert_eq!(added_processor_or_memory(event("online", "cpu").as_bytes()), None);
+    }
 
     #[test]
     fn only_a_bound_vsock_driver_is_news() {
