@@ -18,12 +18,14 @@ type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
 /// `PR_SET_VMA`: newer allocators name their memory.
 const PR_SET_VMA: i32 = 0x5356_4d41;
 
+/// Answered as a kernel answers that does not have them; the C library then does without. A filter cannot look into
+/// clone3's arguments, and newer C libraries try fchmodat2 first.
+const ABSENT: &[c_long] = &[libc::SYS_clone3, libc::SYS_fchmodat2];
+
 /// What any program of several threads needs.
 const PROCESS: &[c_long] = &[
     libc::SYS_brk,
     libc::SYS_clock_gettime,
-    // Answered by the other filter: the strictest answer holds, and this one's would be death.
-    libc::SYS_clone3,
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_futex,
@@ -142,20 +144,21 @@ pub(crate) fn limit(with_files: bool) -> Result<(), Error> {
 
 fn programs(with_files: bool) -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let arch: TargetArch = ARCH.try_into()?;
-    // A filter cannot look into clone3's arguments. Told that the kernel has none, the C library uses clone.
-    let no_clone3 = SeccompFilter::new(
-        BTreeMap::from([(libc::SYS_clone3, Vec::new())]),
+    let unconditional = |calls: &[c_long]| calls.iter().map(|&call| (call, Vec::new())).collect();
+    let absent = SeccompFilter::new(
+        unconditional(ABSENT),
         SeccompAction::Allow,
         SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
         arch,
     )?;
     let mut rules: Rules = limited()?;
     let files = if with_files { FILES } else { &[] };
-    rules.extend([PROCESS, STREAMS, files].concat().into_iter().map(|call| (call, Vec::new())));
+    // Those that are absent, too: of two filters' answers the strictest holds, and death is stricter.
+    rules.append(&mut unconditional(&[PROCESS, STREAMS, files, ABSENT].concat()));
     let allowed =
         SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch)?;
     // The one that forbids most comes last: it forbids filters, too.
-    Ok([no_clone3.try_into()?, allowed.try_into()?])
+    Ok([absent.try_into()?, allowed.try_into()?])
 }
 
 /// Calls that are allowed with certain arguments only.

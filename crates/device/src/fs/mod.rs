@@ -22,7 +22,7 @@ use backend::Backend;
 /// How long the guest may believe what it was told of a file without asking again: the host may change it, seldom.
 const BELIEF: Duration = Duration::from_secs(1);
 
-/// Descriptors that are not the guest's files: memory regions (the library takes 509 at most), vsock streams, our own.
+/// Descriptors that are not the guest's files, or half of all where there are few: memory regions (the library takes 509 at most), vsock streams, our own.
 const RESERVED: u64 = 509 + 1024 + 64;
 
 /// Starts to serve the root directory. `report` hears of a failure; that the hypervisor hangs up is none.
@@ -71,7 +71,7 @@ fn config(opened: Opened) -> passthrough::Config {
         killpriv_v2: true,
         // O_DIRECT is accepted and ignored: host file systems that refuse it would break guests that ask for it.
         allow_direct_io: false,
-        guest_fd_limit: opened.descriptors.saturating_sub(RESERVED),
+        guest_fd_limit: opened.descriptors - RESERVED.min(opened.descriptors / 2),
         ..passthrough::Config::default()
     }
 }
