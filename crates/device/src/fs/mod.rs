@@ -22,7 +22,8 @@ use backend::Backend;
 /// How long the guest may believe what it was told of a file without asking again: the host may change it, seldom.
 const BELIEF: Duration = Duration::from_secs(1);
 
-/// Descriptors that are not the guest's files, or half of all where there are few: memory regions (the library takes 509 at most), vsock streams, our own.
+/// Descriptors that are not the guest's files: memory regions (the library takes 509 at most), vsock streams, our own.
+/// Where few are allowed, half of them.
 const RESERVED: u64 = 509 + 1024 + 64;
 
 /// Starts to serve the root directory. `report` hears of a failure; that the hypervisor hangs up is none.
