@@ -113,6 +113,10 @@ fn pivot(directory: Option<&Path>) -> Result<(), Error> {
     };
     let changed = (|| {
         rustix::process::fchdir(&new)?;
+        // The directory itself is the host's, often in memory: a guest must not fill it. What is mounted below it keeps
+        // flags of its own.
+        let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+        rustix::mount::mount_remount(".", flags, "")?;
         // Both the same: the old root is mounted upon the new one, from where it is unmounted, see pivot_root(2).
         rustix::process::pivot_root(".", ".")?;
         rustix::process::fchdir(&old)?;

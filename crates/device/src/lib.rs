@@ -59,7 +59,7 @@ pub struct Config {
 pub struct Fs {
     /// The listening Unix stream socket to which the hypervisor connects its vhost-user-fs device.
     pub listener: RawFd,
-    /// The directory. Mounts made below it later show up in the guest where it is a shared mount, see
+    /// The directory: itself read-only to the guest. Mounts made below it later show up in the guest where it is a shared mount, see
     /// mount_namespaces(7); a mount's flags, read-only among them, hold for the guest.
     pub directory: PathBuf,
 }

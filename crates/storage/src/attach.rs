@@ -72,6 +72,10 @@ fn make(bind: &Bind, share: &Path) -> Result<(), Error> {
         ReadOnly::Top => Some(false),
         ReadOnly::All => Some(true),
     };
+    // The guest may make device files and set-user-id programs there, as root of its container; to the host they are
+    // plain files.
+    let inert = Attributes { no_suid: true, no_dev: true, ..Attributes::default() };
+    tree.set(inert, true).map_err(failed)?;
     if let Some(recursive) = read_only {
         tree.set(Attributes::READ_ONLY, recursive).map_err(failed)?;
     }
