@@ -170,8 +170,8 @@ async fn a_megabyte_goes_through_cat(guest: &Guest) -> Outcome {
 
 async fn a_terminal_has_a_size_and_hangs_up(guest: &Guest) -> Outcome {
     let id = guest.id();
-    // SIGHUP does nothing to the first process of a pid namespace, pid_namespaces(7), but to its child.
-    let mut with_terminal = shell("tty; stty size; read x; stty size; sleep 1000; exit $?");
+    // SIGHUP does nothing to the first process of a pid namespace, pid_namespaces(7); but it can read no more.
+    let mut with_terminal = shell("tty; stty size; read x; stty size; read x; exit 9");
     with_terminal["process"]["terminal"] = json!(true);
     with_terminal["process"]["consoleSize"] = json!({"height": 33, "width": 77});
     let created = guest.create(&id, &with_terminal, false).await?;
@@ -191,8 +191,13 @@ async fn a_terminal_has_a_size_and_hangs_up(guest: &Guest) -> Outcome {
     let mut text = vec![0; "\r\n40 90\r\n".len()];
     terminal.read_exact(&mut text).await?;
     same!(String::from_utf8(text)?, "\r\n40 90\r\n");
+    let mut other = process(&["sleep", "1000"]);
+    other["terminal"] = json!(true);
+    let other = guest.start_exec(&id, "e", &other).await?;
+    drop(guest.stream(&other.tty).await?);
+    same!(guest.wait(&id, "e").await?.exit_code, 129);
     drop(terminal);
-    same!(guest.wait(&id, "").await?.exit_code, 129);
+    same!(guest.wait(&id, "").await?.exit_code, 9);
     guest.remove(&id).await?;
     Ok(())
 }
