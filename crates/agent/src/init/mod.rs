@@ -137,6 +137,9 @@ fn become_program(
             }
         }
     }
+    // From here on a filter may be in force that was written before close_range(2), faccessat2(2) and statx(2) were: what
+    // comes must do without them.
+    sys::close_on_exec().during(|| "close files".to_owned())?;
     let seccomp = request.seccomp.as_ref();
     let environment = become_user::become_user(process, seccomp)?;
     let program = program::Program::find(process, environment)?;
@@ -148,7 +151,6 @@ fn become_program(
         }
         hooks::start_container(spec, &request.container, &program)?;
     }
-    sys::close_on_exec().during(|| "close files".to_owned())?;
     if process.no_new_privileges() == Some(true)
         && let Some(seccomp) = seccomp
     {
