@@ -11,6 +11,7 @@ use crate::case::{Case, case, has, same, skip};
 
 pub(super) const CASES: &[Case<Oci>] = &[
     case("the container has a kernel of its own", own_kernel),
+    case("copies of a template share no random numbers, ids or clock", copies_differ),
     case("hostname, user, groups, directory, environment and umask are the spec's", identity),
     case("capabilities, no-new-privileges and seccomp hold", privileges),
     case("a read-only root file system and the masked paths hold", read_only),
@@ -22,6 +23,25 @@ pub(super) const CASES: &[Case<Oci>] = &[
     case("the container is pid 1 of its own namespace and sees only its processes", processes),
     case("a network namespace by path brings its interface and addresses", network_namespace),
 ];
+
+fn copies_differ(oci: &Oci) -> Result<()> {
+    if !oci.runtime.is_kata() {
+        return Err(skip("a runtime that starts virtual machines"));
+    }
+    let script = "cd /proc/sys/kernel/random; cat boot_id uuid; head -c 16 /dev/urandom | od -An -tx1; date +%s";
+    let tell = || -> Result<Vec<String>> {
+        Ok(oci.run(script)?.success()?.text().lines().map(str::to_owned).collect())
+    };
+    let (one, other) = (tell()?, tell()?);
+    ensure!(one.len() == 4 && other.len() == 4, "not four lines: {one:?}, {other:?}");
+    for (mine, others) in one.iter().zip(&other).take(3) {
+        ensure!(mine != others, "both sandboxes say {mine}");
+    }
+    let now = Run::new("date").arg("+%s").text()?.parse::<i64>()?;
+    let then = other[3].parse::<i64>()?;
+    ensure!((now - then).abs() < 30, "the guest's clock says {then}, the host's {now}");
+    Ok(())
+}
 
 fn own_kernel(oci: &Oci) -> Result<()> {
     if !oci.runtime.is_kata() {
