@@ -25,7 +25,7 @@ use crate::error::{Error, ErrorKind};
 use crate::hooks;
 use crate::launch::Caller;
 use crate::process::Prepared;
-use crate::resources;
+use crate::resources::{self, Size};
 use crate::running::Running;
 use crate::server::{Sandbox, tty_size};
 use crate::spec::Bundle;
@@ -162,7 +162,11 @@ pub(crate) fn machine_spec(
 ) -> Result<VmSpec, Error> {
     let host_cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let host_cpus = u32::try_from(host_cpus).unwrap_or(1);
-    let size = resources::size(limits, &config.sandbox, host_cpus);
+    let memory = rustix::system::sysinfo();
+    let memory_mib = memory.totalram.saturating_mul(memory.mem_unit.into()) >> 20;
+    let memory_mib = u32::try_from(memory_mib).unwrap_or(u32::MAX);
+    let host = Size { vcpus: host_cpus, memory_mib };
+    let size = resources::size(limits, &config.sandbox, host);
     let acceleration = match config.hypervisor.qemu.acceleration {
         AccelerationConfig::Kvm => Acceleration::Kvm,
         AccelerationConfig::Tcg => Acceleration::Tcg,

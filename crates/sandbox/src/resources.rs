@@ -21,27 +21,24 @@ pub(crate) struct Size {
 /// Machines larger than the usual one come in steps of this, so that few shapes, and few templates, serve all limits.
 const STEP_MIB: u32 = 1024;
 
-/// The machine for a container with these limits, on a host with `host_cpus`.
+/// The machine for a container with these limits, on a host of this size, which no machine exceeds.
 ///
 /// One with a small memory limit gets the usual machine all the same: its own cgroup in the guest holds it to its limit,
 /// and memory that the guest does not touch costs the host nothing.
-pub(crate) fn size(
-    resources: Option<&LinuxResources>,
-    config: &SandboxConfig,
-    host_cpus: u32,
-) -> Size {
+pub(crate) fn size(resources: Option<&LinuxResources>, config: &SandboxConfig, host: Size) -> Size {
     let quota = resources.and_then(|resources| resources.cpu().as_ref()).and_then(|cpu| {
         let quota = u64::try_from(cpu.quota()?).ok().filter(|&quota| quota > 0)?;
         let period = cpu.period().filter(|&period| period > 0).unwrap_or(100_000);
         u32::try_from(quota.div_ceil(period)).ok()
     });
-    let limit = memory_limit(resources).and_then(|bytes| {
+    let limit = memory_limit(resources).map(|bytes| {
         let mib = bytes.div_ceil(MIB) + u64::from(config.guest_overhead_mib);
-        u32::try_from(mib).ok()?.checked_next_multiple_of(STEP_MIB)
+        let mib = u32::try_from(mib).ok().and_then(|mib| mib.checked_next_multiple_of(STEP_MIB));
+        mib.unwrap_or(u32::MAX)
     });
     Size {
-        vcpus: quota.unwrap_or(config.vcpus).clamp(1, host_cpus.max(1)),
-        memory_mib: limit.unwrap_or_default().max(config.memory_mib),
+        vcpus: quota.unwrap_or(config.vcpus).clamp(1, host.vcpus.max(1)),
+        memory_mib: limit.unwrap_or_default().min(host.memory_mib).max(config.memory_mib),
     }
 }
 
@@ -120,12 +117,14 @@ mod tests {
             (json!({"cpu": {"quota": -1}}), Size { vcpus: 1, memory_mib: 2048 }),
             (json!({"memory": {"limit": 268_435_456}}), Size { vcpus: 1, memory_mib: 2048 }),
             (json!({"memory": {"limit": 2_147_483_648_u64}}), Size { vcpus: 1, memory_mib: 3072 }),
+            (json!({"memory": {"limit": 1_u64 << 50}}), Size { vcpus: 1, memory_mib: 16384 }),
             (json!({"memory": {"limit": -1}}), Size { vcpus: 1, memory_mib: 2048 }),
         ];
+        let host = Size { vcpus: 4, memory_mib: 16384 };
         for (json, expected) in cases {
-            assert_eq!(size(Some(&resources(json.clone())), &config, 4), expected, "{json}");
+            assert_eq!(size(Some(&resources(json.clone())), &config, host), expected, "{json}");
         }
-        assert_eq!(size(None, &config, 4), Size { vcpus: 1, memory_mib: 2048 });
+        assert_eq!(size(None, &config, host), Size { vcpus: 1, memory_mib: 2048 });
     }
 
     #[test]
