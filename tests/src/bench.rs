@@ -89,14 +89,14 @@ fn inside(bench: &Bench, figures: &mut Figures, report: &mut Report) -> Result<(
             );
         }
     }
-    for _ in 0..3 {
-        for (runtime, container) in &containers {
-            files(figures, runtime, container)?;
-        }
+    for (runtime, container) in &containers {
+        report.say(&format!("bench: files in a container of {}", runtime.name));
+        files(figures, runtime, container)?;
     }
     Ok(())
 }
 
+/// One round: emulation makes 10,000 files a matter of minutes.
 fn files(figures: &mut Figures, runtime: &Runtime, container: &Container) -> Result<()> {
     for (place, directory) in [("root file system", ""), ("volume", "/volume")] {
         let file = format!("{directory}/large");
@@ -117,13 +117,12 @@ fn files(figures: &mut Figures, runtime: &Runtime, container: &Container) -> Res
             &runtime.name,
             rate,
         );
-        let many = format!(
-            "mkdir {directory}/many && cd {directory}/many && seq 1 10000 | \
-             while read n; do echo $n >$n; done; cat ./* >/dev/null; cd / && rm -r {directory}/many {file}"
-        );
-        let seconds = seconds_inside(container, &many)?;
-        figures.add(&format!("10,000 small files, {place}"), "s", &runtime.name, seconds);
+        container.exec(&["rm", &file]).text()?;
     }
+    let many = "mkdir /volume/many && cd /volume/many && seq 1 10000 | \
+                while read n; do echo $n >$n; done; cat ./* >/dev/null; cd / && rm -r /volume/many";
+    let seconds = seconds_inside(container, many)?;
+    figures.add("10,000 small files made, read and removed, volume", "s", &runtime.name, seconds);
     Ok(())
 }
 

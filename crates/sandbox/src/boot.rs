@@ -74,18 +74,20 @@ pub(crate) async fn create(mut prepared: Prepared, caller: &mut Caller) -> Resul
     let relay = stdio
         .relay(&vsock, &created.into())
         .map_err(Error::host("open a stream into", "the guest"))?;
-    let [launched, hooked, booted] = phases.map(|phase| phase.as_millis());
-    info!(
-        ?origin,
-        kernel = crate::error::from_guest(&hello.kernel_release),
-        launched_ms = launched,
-        hooks_ms = hooked,
-        agent_ms = booted,
-        guest_kernel_ms = hello.kernel_ms,
-        guest_agent_ms = hello.ready_ms,
-        created_ms = began.elapsed().as_millis(),
-        "container created"
-    );
+    let [launched, hooked, booted] = phases;
+    let phases = [
+        ("launched", launched),
+        ("hooks", hooked),
+        ("agent", booted),
+        ("guest_kernel", Duration::from_millis(hello.kernel_ms)),
+        ("guest_agent", Duration::from_millis(hello.ready_ms)),
+        ("created", began.elapsed()),
+    ];
+    let phases: Vec<_> = phases
+        .map(|(name, time)| (name.to_owned(), u64::try_from(time.as_millis()).unwrap_or(u64::MAX)))
+        .into();
+    let kernel = crate::error::from_guest(&hello.kernel_release);
+    info!(?origin, kernel, ?phases, "container created");
 
     let control = UnixListener::bind(dir.vm().control())
         .map_err(Error::host("listen on", dir.vm().control()))?;
@@ -107,7 +109,7 @@ pub(crate) async fn create(mut prepared: Prepared, caller: &mut Caller) -> Resul
         execs_made: Cell::new(0),
     });
     sandbox.set_status(Status::Created)?;
-    Ok(Running { sandbox, vm, vm_orders, control, relay, tty })
+    Ok(Running { sandbox, vm, vm_orders, control, relay, phases, tty })
 }
 
 /// Boots the machine; meanwhile the container's files are bound below the share, and the caller runs the hooks.

@@ -86,13 +86,15 @@ pub fn exec_detached(request: &Exec<'_>) -> Result<Child, Error> {
         Ok(serde_json::from_str(&answer)?)
     });
     match answer.map_err(gone) {
-        Ok(Report::Ready) => Ok(child),
+        Ok(Report::Ready { .. }) => Ok(child),
         failed => {
             drop(child.signal(Signal::KILL));
             drop(child.wait());
             match failed? {
                 Report::Failed { text, kind } => Err(Error::Told { text, kind }),
-                Report::Ready | Report::Hooks => Err(gone(io::ErrorKind::InvalidData.into())),
+                Report::Ready { .. } | Report::Hooks => {
+                    Err(gone(io::ErrorKind::InvalidData.into()))
+                }
             }
         }
     }

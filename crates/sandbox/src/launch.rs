@@ -43,8 +43,8 @@ pub(crate) struct Launch {
 pub(crate) enum Report {
     /// Its namespaces are there: the hooks of the runtime's namespace may run.
     Hooks,
-    /// The container is created.
-    Ready,
+    /// The container, or the process, is created; what took how long until then, in milliseconds since the beginning.
+    Ready { phases: Vec<(String, u64)> },
     /// It is not, and nothing of it runs any more.
     Failed { text: String, kind: ErrorKind },
 }

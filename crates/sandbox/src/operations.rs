@@ -155,7 +155,11 @@ fn converse(
                 run_runtime_hooks(request.bundle, request.id, pid)?;
                 tell(serde_json::to_vec(&HooksDone).map_err(io::Error::from).map_err(gone)?)?;
             }
-            Report::Ready => return Ok(()),
+            Report::Ready { phases } => {
+                let phases = phases.iter().map(|(name, ms)| format!(" {name}_ms={ms}"));
+                tracing::debug!("container created{}", phases.collect::<String>());
+                return Ok(());
+            }
             Report::Failed { text, kind } => return Err(Error::Told { text, kind }),
         }
     }

@@ -122,10 +122,14 @@ impl Prepared {
             };
             let foreground = self.launch.foreground;
             let ended = match boot::create(self, &mut caller).await {
-                Ok(running) if caller.report(&Report::Ready).await.is_ok() => {
-                    running.until_ended(caller, foreground).await
+                Ok(running) => {
+                    let ready = Report::Ready { phases: running.phases.clone() };
+                    if caller.report(&ready).await.is_ok() {
+                        running.until_ended(caller, foreground).await
+                    } else {
+                        running.abandon().await
+                    }
                 }
-                Ok(running) => running.abandon().await,
                 Err(error) => {
                     error!(error = %Chain(&error), "not created");
                     Ended { code: 1, orphaned: caller.report(&failure(&error)).await.is_err() }

@@ -35,6 +35,8 @@ pub(crate) struct Running {
     pub(crate) vm_orders: mpsc::Receiver<VmRequest>,
     pub(crate) control: UnixListener,
     pub(crate) relay: Relay,
+    /// What took how long, for the log of whoever waits.
+    pub(crate) phases: Vec<(String, u64)>,
     /// The container's terminal, whose size the guest's shall have.
     pub(crate) tty: Option<OwnedFd>,
 }

@@ -58,7 +58,7 @@ pub fn serve(channel: OwnedFd) -> u8 {
         let stdio =
             Stdio::own(order.terminal).map_err(Error::host("keep", "the standard streams"))?;
         join_cgroups(&order.vm);
-        run(&order, stdio, || report(&Report::Ready))
+        run(&order, stdio, || report(&Report::Ready { phases: Vec::new() }))
     });
     ran.unwrap_or_else(|error| {
         report(&Report::Failed { text: Chain(&error).to_string(), kind: error.kind() });
