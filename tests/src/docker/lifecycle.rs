@@ -64,9 +64,12 @@ fn terminal(docker: &Docker) -> Result<()> {
     same("exit code", terminal.finish()?.1, 5)
 }
 
-/// Asks for the size until it is 31 by 91: it travels by a signal and two requests.
+/// Makes the size 31 by 91, and asks for it until it is: it travels by a signal, which Docker's client hears only some
+/// time after it has started, and two requests.
 fn resized(terminal: &mut Terminal) -> Result<()> {
     for _ in 0..100 {
+        terminal.resize(31, 90)?;
+        terminal.resize(31, 91)?;
         terminal.send("stty size; sleep 0.1; echo as''ked\n")?;
         if terminal.expect("asked")?.contains("31 91") {
             return Ok(());

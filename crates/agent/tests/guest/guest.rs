@@ -86,7 +86,7 @@ fn image() -> Result<Image, image::Error> {
 const BUSYBOX: &str = "/bin/busybox";
 
 fn make_root(root: &Path) -> Result<(), Box<dyn Error>> {
-    for name in ["bin", "dev", "etc", "proc", "root", "sys", "tmp"] {
+    for name in ["bin", "dev", "etc", "proc", "r", "root", "sys", "tmp"] {
         fs::create_dir_all(root.join(name))?;
     }
     fs::copy(BUSYBOX, root.join("bin/busybox"))?;
