@@ -87,8 +87,9 @@ impl Prepared {
         let dir = launch.root.find(&id)?;
         let stdio =
             Stdio::own(launch.terminal).map_err(Error::host("keep", "the standard streams"))?;
-        if stdio.terminal && linux::pty::make_controlling(&stdio.stdin).is_err() {
-            // The caller's own terminal, which its session keeps: it forwards what happens to it.
+        if stdio.terminal {
+            // Refused for the caller's own terminal, which its session keeps: it forwards what happens to it.
+            drop(linux::pty::make_controlling(&stdio.stdin));
         }
         redirect_own_streams(&dir)?;
 

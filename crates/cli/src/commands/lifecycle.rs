@@ -22,6 +22,7 @@ pub(super) fn create_container(
     context: &Context<'_>,
     root: &Root,
     id: &ContainerId,
+    bundle: &Bundle,
     args: &args::Create,
     console: Console,
     foreground: bool,
@@ -34,11 +35,10 @@ pub(super) fn create_container(
     }
     let config = context.config()?;
     warn_of_emulation(&config);
-    let bundle = Bundle::load(&args.bundle)?;
     let request = sandbox::Create {
         root,
         id,
-        bundle: &bundle,
+        bundle,
         config,
         systemd_cgroup: context.global.systemd_cgroup,
         console,
@@ -68,13 +68,12 @@ pub(super) fn create(context: &Context<'_>, args: &args::Create) -> anyhow::Resu
         Some(socket) => Console::Socket(socket.clone()),
         None => Console::Caller,
     };
-    if args.console_socket.is_none()
-        && Bundle::load(&args.bundle)?.process()?.terminal().unwrap_or_default()
-    {
+    let bundle = Bundle::load(&args.bundle)?;
+    if args.console_socket.is_none() && bundle.process()?.terminal().unwrap_or_default() {
         // runc's words.
         bail!("cannot allocate tty if runc will detach without setting console socket");
     }
-    create_container(context, &root, &id, args, console, false).map(drop)
+    create_container(context, &root, &id, &bundle, args, console, false).map(drop)
 }
 
 pub(super) fn kill(context: &Context<'_>, args: &args::Kill) -> anyhow::Result<()> {

@@ -14,8 +14,8 @@ use crate::args;
 pub(super) fn run(context: &Context<'_>, args: &args::Run) -> anyhow::Result<ExitCode> {
     let root = context.root()?;
     let id = ContainerId::new(&args.create.id)?;
-    let wants_terminal =
-        Bundle::load(&args.create.bundle)?.process()?.terminal().unwrap_or_default();
+    let bundle = Bundle::load(&args.create.bundle)?;
+    let wants_terminal = bundle.process()?.terminal().unwrap_or_default();
     let console = match (&args.create.console_socket, args.detach) {
         (Some(socket), true) => Console::Socket(socket.clone()),
         // runc's words, both.
@@ -28,8 +28,15 @@ pub(super) fn run(context: &Context<'_>, args: &args::Run) -> anyhow::Result<Exi
         (None, _) => Console::Caller,
     };
     let raw = RawTerminal::new(wants_terminal && !args.detach)?;
-    let mut created =
-        lifecycle::create_container(context, &root, &id, &args.create, console, !args.detach)?;
+    let mut created = lifecycle::create_container(
+        context,
+        &root,
+        &id,
+        &bundle,
+        &args.create,
+        console,
+        !args.detach,
+    )?;
     if let Err(error) = sandbox::start(&root, &id) {
         // The first error is the one to tell.
         drop(sandbox::delete(&root, &id, true));
