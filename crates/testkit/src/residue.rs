@@ -272,6 +272,13 @@ mod tests {
             .stderr(std::process::Stdio::null())
             .spawn()
             .unwrap();
+        // `spawn` returns once the child has a new address space, which is a moment before the
+        // kernel has laid out the arguments in it (exec's `begin_new_exec`, Linux 6.1).
+        let arguments = format!("/proc/{}/cmdline", child.id());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while fs::read(&arguments).unwrap().is_empty() && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
         let text = before.left_in(&host.snapshot().unwrap());
         child.kill().unwrap();
         child.wait().unwrap();
