@@ -63,6 +63,7 @@ struct Crash {
 /// A process of a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
+    StandIn,
     Sandbox,
     Hypervisor,
     Device,
@@ -76,7 +77,7 @@ enum Moment {
     Running,
 }
 
-const ROLES: [Role; 3] = [Role::Sandbox, Role::Hypervisor, Role::Device];
+const ROLES: [Role; 4] = [Role::StandIn, Role::Sandbox, Role::Hypervisor, Role::Device];
 
 impl Crash {
     fn bundle(&self) -> Result<Bundle> {
@@ -266,6 +267,7 @@ fn plays(pid: u32, role: Role) -> bool {
     // Our roles are started by `/proc/self/exe`: the role is the first argument.
     let role_word = words.get(1).map(|word| String::from_utf8_lossy(word));
     match role {
+        Role::StandIn => role_word.is_some_and(|word| word == "stand-in"),
         Role::Sandbox => role_word.is_some_and(|word| word == "sandbox"),
         Role::Device => role_word.is_some_and(|word| word == "device"),
         Role::Hypervisor => {

@@ -57,7 +57,9 @@ impl Containers {
     ) -> Result<ProcessCreated, Error> {
         let id = request.container_id.clone();
         spec::check_id(&id)?;
-        let spec = Arc::new(spec::container(&request.spec_json)?);
+        let mut spec = spec::container(&request.spec_json)?;
+        self.find_shared_namespaces(&mut spec)?;
+        let spec = Arc::new(spec);
         if self.table().contains_key(&id) {
             return Err(Error::Exists { what: "container", id });
         }
@@ -75,6 +77,27 @@ impl Containers {
                 Err(error)
             }
         }
+    }
+
+    /// Puts in the paths of the namespaces that `spec` shares with containers that are there.
+    fn find_shared_namespaces(&self, spec: &mut oci::Spec) -> Result<(), Error> {
+        let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        for namespace in &mut namespaces {
+            let path = namespace.path().as_ref().and_then(|path| path.to_str());
+            let Some(of) = path.and_then(|path| path.strip_prefix(paths::NAMESPACE_OF)) else {
+                continue;
+            };
+            let pid = self.with(of, |container| container.init.pid)?;
+            let file = match namespace.typ() {
+                oci::LinuxNamespaceType::Mount => "mnt".to_owned(),
+                other => other.to_string(),
+            };
+            namespace.set_path(Some(format!("/proc/{pid}/ns/{file}").into()));
+        }
+        linux.set_namespaces(Some(namespaces));
+        spec.set_linux(Some(linux));
+        Ok(())
     }
 
     async fn make(

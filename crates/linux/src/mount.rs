@@ -21,7 +21,7 @@ use rustix::mount::{
 };
 
 /// What a mount tells its peers, and hears from them: mount_namespaces(7).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Propagation {
     /// Nothing, either way.
     Private,

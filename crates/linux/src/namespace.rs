@@ -182,6 +182,26 @@ pub fn inside<T: Send, E: From<io::Error> + Send>(
     Network::open(path)?.inside(action)
 }
 
+/// Runs `action` in the mount namespace at `path` (`/proc/<pid>/ns/mnt`), on a thread of its own, and waits for it. Its
+/// root and working directory are that namespace's. Mounts cloned there ([`crate::mount::Tree`]) can be attached here.
+///
+/// # Errors
+///
+/// When the namespace cannot be entered, and what `action` says.
+pub fn inside_mounts<T: Send, E: From<io::Error> + Send>(
+    path: &Path,
+    action: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, E> {
+    let namespace = File::open(path)?;
+    on_own_thread(|| {
+        // setns(2) wants root and working directory to be this thread's own.
+        unshare(UnshareFlags::FS)?;
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))
+            .map_err(io::Error::from)?;
+        action()
+    })
+}
+
 fn on_own_thread<T: Send, E: From<io::Error> + Send>(
     action: impl FnOnce() -> Result<T, E> + Send,
 ) -> Result<T, E> {

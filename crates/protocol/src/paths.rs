@@ -14,3 +14,12 @@ pub const CONTAINERS: &str = "/run/kata/containers";
 
 /// The parent of the containers' cgroups, relative to the cgroup root.
 pub const CGROUP: &str = "/kata";
+
+/// What comes before a container's id in a namespace's path that means "the one this other container of the guest is in".
+pub const NAMESPACE_OF: &str = "container:";
+
+/// The path of a namespace in a guest's spec that `container` is in already.
+#[must_use]
+pub fn namespace_of(container: &str) -> String {
+    format!("{NAMESPACE_OF}{container}")
+}

@@ -113,6 +113,13 @@ impl Agent {
         Ok(())
     }
 
+    /// Kills what is left of a container and forgets it.
+    pub(crate) async fn remove(&self, container: &str) -> Result<(), Error> {
+        let request = named(container);
+        self.told("remove the container", self.client.remove(self.context(), &request)).await?;
+        Ok(())
+    }
+
     pub(crate) async fn exec(
         &self,
         request: wire::ExecRequest,

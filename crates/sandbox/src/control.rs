@@ -1,8 +1,9 @@
 //! The door of a sandbox process: what the short-lived `kata-runtime` processes and the stand-ins ask of it.
 //!
 //! A Unix socket in the VM's directory, mode 0700, so only its owner gets here. One JSON object a line each way: a
-//! [`Request`], then its [`Response`]. A connection that asked for an exec is that exec's life line: when it ends before the
-//! exec has, the guest's process is killed, since whoever stood for it on the host is gone.
+//! [`Request`], then its [`Response`]. A connection that asked for a process (a container's init, or an exec) is that
+//! process's life line: when it ends before the process has, the guest's process is killed, since whoever stood for it on
+//! the host is gone.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,14 +20,24 @@ use crate::stdio::Tokens;
 /// The longest request or answer. A process with a large environment is the largest of them.
 pub(crate) const LONGEST_LINE: u64 = 8 << 20;
 
-/// Something asked of a sandbox process.
+/// A request, and the container that it is about.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Asked {
+    pub(crate) container: String,
+    pub(crate) request: Request,
+}
+
+/// Something asked of a sandbox process about one container. An empty `exec` is the container's init.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Request {
+    /// Create the container, whose directory and record are there.
+    Create(Box<NewContainer>),
     /// Run the user's program of a created container.
     Start,
-    /// Send a signal to the container's init, or to every process of it.
+    /// Send a signal to a process, or to every process of the container.
     Signal {
+        exec: String,
         signal: u32,
         all: bool,
     },
@@ -34,26 +45,19 @@ pub(crate) enum Request {
     Exec {
         /// The OCI spec's `process`.
         process: String,
-        stdin: bool,
-        stdout: bool,
-        stderr: bool,
+        streams: [bool; 3],
         size: Option<(u16, u16)>,
         /// The host process that will stand for it.
         pid: u32,
     },
-    /// Send a signal to an exec.
-    SignalExec {
-        exec: String,
-        signal: u32,
-    },
-    /// Tell an exec's terminal its size, as rows and columns.
-    ResizeExec {
+    /// Tell a process's terminal its size, as rows and columns.
+    Resize {
         exec: String,
         rows: u16,
         columns: u16,
     },
-    /// Wait for an exec's end.
-    WaitExec {
+    /// Wait for a process's end.
+    Wait {
         exec: String,
     },
     /// Freeze, thaw.
@@ -67,8 +71,23 @@ pub(crate) enum Request {
     Stats,
     /// The processes of the container in the guest.
     Processes,
-    /// End the sandbox: kill what runs in it.
-    End,
+    /// Wait until nothing of a container that has ended is left in the sandbox.
+    Release,
+    /// Nobody is there who would delete the container: it shall go with its process.
+    Disown,
+}
+
+/// A container to be created in a sandbox.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct NewContainer {
+    /// The spec that the guest is given.
+    pub(crate) spec: String,
+    /// What the guest sees of the host's files.
+    pub(crate) files: storage::Plan,
+    /// Which of stdin, stdout and stderr will be opened.
+    pub(crate) streams: [bool; 3],
+    /// The terminal's rows and columns, where there is one.
+    pub(crate) size: Option<(u16, u16)>,
 }
 
 /// The answer to a [`Request`].
@@ -77,8 +96,9 @@ pub(crate) enum Request {
 pub(crate) enum Response {
     /// Done.
     Done,
-    /// An exec was made.
-    Exec { exec: String, tokens: Tokens, vsock: VsockAddress },
+    /// A process is there; an empty `exec` is a container's init. For that one also what took how long until then, in
+    /// milliseconds.
+    Process { exec: String, tokens: Tokens, vsock: VsockAddress, phases: Vec<(String, u64)> },
     /// A process has ended: its exit code, and what it had written to stdout (or its terminal) and stderr.
     Ended { code: u8, written: [u64; 2] },
     /// Figures.
@@ -92,7 +112,7 @@ pub(crate) enum Response {
 /// The processes of a container.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Processes {
-    /// The host's pids that stand for them: the sandbox process, and one stand-in for each exec.
+    /// The host's pids that stand for them: one stand-in for each.
     pub host: Vec<u32>,
     /// The guest's own.
     pub guest: Vec<GuestProcess>,
@@ -130,6 +150,13 @@ pub struct Stats {
     pub oom_kills: u64,
 }
 
+/// [`Asked`], not owned.
+#[derive(Serialize)]
+struct AskedRef<'a> {
+    container: &'a str,
+    request: &'a Request,
+}
+
 /// A connection to a sandbox process, from a synchronous program.
 #[derive(Debug)]
 pub(crate) struct Client {
@@ -157,7 +184,8 @@ impl Client {
     /// Sends a request; its answer comes by [`Self::receive`].
     pub(crate) fn send(&mut self, request: &Request) -> Result<(), Error> {
         let gone = |_| Error::SandboxGone { id: self.id.clone() };
-        let mut line = serde_json::to_vec(request).map_err(io::Error::from).map_err(gone)?;
+        let asked = AskedRef { container: &self.id, request };
+        let mut line = serde_json::to_vec(&asked).map_err(io::Error::from).map_err(gone)?;
         line.push(b'\n');
         self.stream.get_mut().write_all(&line).map_err(gone)
     }

@@ -115,6 +115,9 @@ pub enum Error {
     /// A network interface.
     #[error(transparent)]
     Network(#[from] network::Error),
+    /// A cgroup of the host.
+    #[error(transparent)]
+    Cgroup(#[from] linux::cgroup::Error),
     /// The guest image.
     #[error(transparent)]
     Image(#[from] image::Error),
@@ -157,9 +160,10 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::InvalidId { .. } | Self::InvalidSpec { .. } | Self::Syntax { .. } => {
-                ErrorKind::InvalidArgument
-            }
+            Self::InvalidId { .. }
+            | Self::InvalidSpec { .. }
+            | Self::Syntax { .. }
+            | Self::Cgroup(_) => ErrorKind::InvalidArgument,
             Self::IdTaken { .. } => ErrorKind::AlreadyExists,
             Self::NoSuchContainer { .. } => ErrorKind::NotFound,
             Self::WrongStatus { .. } => ErrorKind::InvalidState,

@@ -1,20 +1,19 @@
 //! Running one more process in a container.
 
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::path::Path;
 
 use linux::process::{Child, Command};
-use protocol::oci::Process;
+use protocol::oci;
 use rustix::process::Signal;
 
 use crate::console::{self, Console};
 use crate::error::Error;
-use crate::launch::Report;
+use crate::launch::{Channel, Order, Process, Report};
 use crate::operations::lawful;
 use crate::spec::Bundle;
 use crate::stand_in;
-use crate::state::{ContainerId, Root};
+use crate::state::{ContainerDir, ContainerId, Root};
 use crate::status::Operation;
 use crate::stdio::Stdio;
 
@@ -26,7 +25,7 @@ pub struct Exec<'a> {
     /// The container.
     pub id: &'a ContainerId,
     /// The OCI spec's `process`.
-    pub process: &'a Process,
+    pub process: &'a oci::Process,
     /// Its standard streams.
     pub console: Console,
     /// The `kata` binary.
@@ -38,12 +37,12 @@ pub struct Exec<'a> {
 /// # Errors
 ///
 /// When the container does not run, or its bundle has gone.
-pub fn exec_defaults(root: &Root, id: &ContainerId) -> Result<Process, Error> {
+pub fn exec_defaults(root: &Root, id: &ContainerId) -> Result<oci::Process, Error> {
     let (_, record) = lawful(root, id, Operation::Exec)?;
     Bundle::load(&record.bundle)?.process().cloned()
 }
 
-fn exec_request(process: &Process) -> Result<String, Error> {
+fn exec_request(process: &oci::Process) -> Result<String, Error> {
     crate::spec::check_process(process, "process")?;
     serde_json::to_string(process).map_err(|error| Error::invalid(format!("process: {error}")))
 }
@@ -58,8 +57,8 @@ pub fn exec_detached(request: &Exec<'_>) -> Result<Child, Error> {
     let terminal = request.process.terminal().unwrap_or_default();
     let mut command = Command::new(request.program);
     console::attach(&mut command, terminal, &request.console, request.process)?;
-    let (ours, theirs) = UnixStream::pair().map_err(Error::host("create", "a socket pair"))?;
-    let number = command.pass(theirs.into());
+    let (mut channel, theirs) = Channel::pair().map_err(Error::host("create", "a socket pair"))?;
+    let number = command.pass(theirs);
     command.name("kata").args(["stand-in".to_owned(), number.to_string()]);
     if matches!(request.console, Console::Socket(_)) {
         command.controlling_terminal();
@@ -68,23 +67,12 @@ pub fn exec_detached(request: &Exec<'_>) -> Result<Child, Error> {
     }
     let mut child =
         command.spawn().map_err(Error::host("start the stand-in from", request.program))?;
-    let order = stand_in::Order {
-        vm: dir.vm().clone(),
-        id: request.id.as_str().to_owned(),
-        process: exec_request(request.process)?,
-        terminal,
-    };
+    let order = order(request, &dir)?;
     let gone = |_: io::Error| Error::Told {
         text: "the exec's stand-in ended early".into(),
         kind: crate::error::ErrorKind::Internal,
     };
-    let answer = serde_json::to_vec(&order).map_err(io::Error::from).and_then(|mut line| {
-        line.push(b'\n');
-        (&ours).write_all(&line)?;
-        let mut answer = String::new();
-        BufReader::new(&ours).read_line(&mut answer)?;
-        Ok(serde_json::from_str(&answer)?)
-    });
+    let answer = channel.tell(&order).and_then(|()| channel.hear());
     match answer.map_err(gone) {
         Ok(Report::Ready { .. }) => Ok(child),
         failed => {
@@ -92,9 +80,7 @@ pub fn exec_detached(request: &Exec<'_>) -> Result<Child, Error> {
             drop(child.wait());
             match failed? {
                 Report::Failed { text, kind } => Err(Error::Told { text, kind }),
-                Report::Ready { .. } | Report::Hooks => {
-                    Err(gone(io::ErrorKind::InvalidData.into()))
-                }
+                _ => Err(gone(io::ErrorKind::InvalidData.into())),
             }
         }
     }
@@ -110,11 +96,14 @@ pub fn exec_here(request: &Exec<'_>) -> Result<u8, Error> {
     let (dir, _) = lawful(request.root, request.id, Operation::Exec)?;
     let terminal = request.process.terminal().unwrap_or_default();
     let stdio = Stdio::own(terminal).map_err(Error::host("keep", "the standard streams"))?;
-    let order = stand_in::Order {
+    stand_in::run(order(request, &dir)?, stdio, None)
+}
+
+fn order(request: &Exec<'_>, dir: &ContainerDir) -> Result<Order, Error> {
+    Ok(Order {
         vm: dir.vm().clone(),
         id: request.id.as_str().to_owned(),
-        process: exec_request(request.process)?,
-        terminal,
-    };
-    stand_in::run(&order, stdio, || {})
+        terminal: request.process.terminal().unwrap_or_default(),
+        what: Process::Exec(exec_request(request.process)?),
+    })
 }

@@ -1,98 +1,146 @@
-//! What passes between `create` and the sandbox process that it starts: one socket, one JSON object a line each way.
+//! What passes between `create` and the two processes that it starts: one socket each, one JSON object a line each way.
 //!
-//! `create` sends a [`Launch`]; the sandbox process answers with [`Report`]s. To [`Report::Hooks`] `create` answers with a
-//! [`HooksDone`]; [`Report::Ready`] or [`Report::Failed`] is the last. When `create` dies, the sandbox process reads the
-//! end of the socket and gives up too. Where the caller stays for the container's whole life (`run`, `do`), the socket
-//! stays open as long: its end is the caller's, and then the container's.
+//! ```text
+//! create                     stand-in (the container's pid)        sandbox process (the machine)
+//!   Order ------------------> namespaces, terminal
+//!         <---------- Joined
+//!   Launch -----------------------------------------------------> cgroup, namespaces, control.sock
+//!   (hooks run here)                                               machine boots
+//!         <----------------------------------------------- Listening
+//!   Go ---------------------> asks over control.sock: create -----> container
+//!         <---------- Ready / Failed
+//! ```
+//!
+//! For a container that joins a sandbox there is no third column: its stand-in asks the sandbox process that is there.
+//! When `create` dies, both read the end of their sockets and give up. Where the caller stays for the container's whole
+//! life (`run`, `do`), the stand-in's socket stays open as long: its end is the caller's, and then the container's.
 
-use std::io;
-use std::os::unix::net::UnixStream as SyncStream;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use protocol::oci::{Hook, LinuxResources};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::UnixStream;
 
 use crate::config::Config;
-use crate::error::{Error, ErrorKind};
-use crate::state::Root;
+use crate::error::ErrorKind;
+use crate::state::VmDir;
 
-/// Everything that a sandbox process needs to know.
+/// Everything that a new sandbox process needs to know.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Launch {
-    pub(crate) root: Root,
+    /// Its directory.
+    pub(crate) vm: VmDir,
+    /// The first container, whose id the guest's host name falls back on.
     pub(crate) id: String,
-    pub(crate) bundle: PathBuf,
-    /// `config.json`.
-    pub(crate) spec: Value,
+    /// The first container's host name: the guest's.
+    pub(crate) hostname: String,
+    /// The first container's limits: the machine's size.
+    pub(crate) resources: Option<LinuxResources>,
+    /// The first container's cgroup directories: the machine's.
+    pub(crate) cgroups: Vec<PathBuf>,
+    /// The network namespace whose interfaces the guest gets.
+    pub(crate) netns: PathBuf,
     /// Annotations already applied.
     pub(crate) config: Config,
-    pub(crate) systemd_cgroup: bool,
-    /// Whether the sandbox process's standard streams are one terminal in raw mode, for a process with a terminal.
-    pub(crate) terminal: bool,
-    /// Whether the container shall not outlive the caller.
-    pub(crate) foreground: bool,
     /// The program that runs the `device` role, with its first arguments.
     pub(crate) device_program: (PathBuf, Vec<String>),
 }
 
-/// What the sandbox process reports.
+/// What a stand-in shall stand for.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Order {
+    /// Where the sandbox process is asked.
+    pub(crate) vm: VmDir,
+    /// The container.
+    pub(crate) id: String,
+    /// Whether its standard streams are one terminal in raw mode, for a process with a terminal.
+    pub(crate) terminal: bool,
+    /// The process.
+    pub(crate) what: Process,
+}
+
+/// A process that a stand-in has run.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Process {
+    /// One more process in a container: the OCI spec's `process`, as JSON.
+    Exec(String),
+    /// A new container's init.
+    Init(Box<Init>),
+}
+
+/// A new container.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Init {
+    /// The network namespace to be in; a new one where there is none.
+    pub(crate) netns: Option<PathBuf>,
+    /// The spec that the guest is given.
+    pub(crate) spec: String,
+    /// What the guest sees of the host's files.
+    pub(crate) files: storage::Plan,
+    /// The spec's hooks of the container's namespaces, with the state they read.
+    pub(crate) hooks: Vec<Hook>,
+    pub(crate) state: String,
+    /// Whether the container shall not outlive the caller.
+    pub(crate) foreground: bool,
+}
+
+/// What either process reports.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Report {
-    /// Its namespaces are there: the hooks of the runtime's namespace may run.
-    Hooks,
-    /// The container, or the process, is created; what took how long until then, in milliseconds since the beginning.
+    /// The stand-in is in its namespaces: the hooks of the runtime's namespace may run.
+    Joined,
+    /// The sandbox process takes requests.
+    Listening,
+    /// The process is there; what took how long until then, in milliseconds since the machine's beginning.
     Ready { phases: Vec<(String, u64)> },
     /// It is not, and nothing of it runs any more.
     Failed { text: String, kind: ErrorKind },
 }
 
-/// The hooks have run.
+/// To the stand-in: the hooks have run, the sandbox process listens.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct HooksDone;
+pub(crate) struct Go;
 
-/// The other end of the launch channel, as the sandbox process sees it.
-pub(crate) struct Caller {
-    read: BufReader<tokio::net::unix::OwnedReadHalf>,
-    write: tokio::net::unix::OwnedWriteHalf,
-}
+/// One end of such a socket. An error, also its end, means that the other process has gone.
+#[derive(Debug)]
+pub(crate) struct Channel(BufReader<UnixStream>);
 
-impl Caller {
-    pub(crate) fn new(channel: SyncStream) -> io::Result<Self> {
-        channel.set_nonblocking(true)?;
-        let (read, write) = UnixStream::from_std(channel)?.into_split();
-        Ok(Self { read: BufReader::new(read), write })
+impl Channel {
+    /// Both ends; one is passed to a child.
+    pub(crate) fn pair() -> io::Result<(Self, OwnedFd)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        Ok((Self(BufReader::new(ours)), theirs.into()))
     }
 
-    pub(crate) async fn report(&mut self, report: &Report) -> io::Result<()> {
-        let mut line = serde_json::to_vec(report)?;
+    /// The end that this process was started with.
+    pub(crate) fn inherited(fd: OwnedFd) -> Self {
+        Self(BufReader::new(UnixStream::from(fd)))
+    }
+
+    pub(crate) fn tell(&mut self, message: &impl Serialize) -> io::Result<()> {
+        let mut line = serde_json::to_vec(message)?;
         line.push(b'\n');
-        self.write.write_all(&line).await
+        self.0.get_mut().write_all(&line)
     }
 
-    /// Has `create` run the hooks of the runtime namespace.
-    pub(crate) async fn run_hooks(&mut self) -> Result<(), Error> {
-        self.report(&Report::Hooks).await.map_err(|_| Self::lost())?;
+    pub(crate) fn hear<T: DeserializeOwned>(&mut self) -> io::Result<T> {
         let mut line = String::new();
-        self.read.read_line(&mut line).await.map_err(|_| Self::lost())?;
-        let HooksDone = serde_json::from_str(&line).map_err(|_| Self::lost())?;
-        Ok(())
+        self.0.read_line(&mut line)?;
+        Ok(serde_json::from_str(&line)?)
     }
 
-    pub(crate) fn lost() -> Error {
-        Error::Told {
-            text: "`create` ended, or a hook failed, before the container was created".into(),
-            kind: ErrorKind::Unavailable,
-        }
+    /// The socket, to wait for its end. Nothing more may have been said.
+    pub(crate) fn into_socket(self) -> UnixStream {
+        self.0.into_inner()
     }
 
-    /// Waits for the caller's end. Cancel safe: the caller says nothing more.
-    pub(crate) async fn gone(&mut self) {
-        let mut line = String::new();
-        while self.read.read_line(&mut line).await.is_ok_and(|length| length > 0) {
-            line.clear();
-        }
+    /// The socket, to poll for its end.
+    pub(crate) fn socket(&self) -> &UnixStream {
+        self.0.get_ref()
     }
 }

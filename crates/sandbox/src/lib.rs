@@ -10,7 +10,9 @@ mod agent;
 mod boot;
 mod config;
 mod console;
+mod container;
 mod control;
+mod create;
 mod error;
 mod exec;
 mod hooks;
@@ -19,6 +21,7 @@ mod operations;
 mod process;
 mod resources;
 mod running;
+mod sandbox;
 mod server;
 mod spec;
 mod stand_in;
@@ -33,11 +36,11 @@ pub use config::{
 };
 pub use console::Console;
 pub use control::{GuestProcess, Processes, Stats};
+pub use create::{Create, Created, create};
 pub use error::{Chain, Error, ErrorKind};
 pub use exec::{Exec, exec_defaults, exec_detached, exec_here};
 pub use operations::{
-    Create, Created, State, create, delete, kill, list, pause, processes, resume, start, state,
-    stats, update,
+    State, delete, kill, list, pause, processes, resume, start, state, stats, update,
 };
 pub use process::serve;
 pub use spec::Bundle;

@@ -3,29 +3,22 @@
 //! Whatever these functions need to know of a container is on disk, and whatever they want of it they ask its sandbox
 //! process; they hold nothing themselves and may die at any point.
 
-use std::fs;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use linux::ThisHost;
 use linux::ledger::Ledger;
-use linux::process::{Child, Command, ProcessId};
+use linux::process::ProcessId;
 use protocol::oci::Hook;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use serde::Serialize;
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
-use crate::config::Config;
-use crate::console::{self, Console};
 use crate::control::{Client, Processes, Request, Response, Stats};
 use crate::error::{Chain, Error};
 use crate::hooks;
-use crate::launch::{HooksDone, Launch, Report};
 use crate::spec::Bundle;
 use crate::state::{ContainerDir, ContainerId, ContainerRecord, Root};
 use crate::status::{Operation, Status};
@@ -39,156 +32,20 @@ const EXIT_TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// SIGKILL's number.
 const SIGKILL: u32 = 9;
 
-/// A container to be created.
-#[derive(Debug)]
-pub struct Create<'a> {
-    /// Where its state goes.
-    pub root: &'a Root,
-    /// Its id.
-    pub id: &'a ContainerId,
-    /// What to run.
-    pub bundle: &'a Bundle,
-    /// The configuration, before the container's annotations.
-    pub config: Config,
-    /// Whether `linux.cgroupsPath` is systemd's.
-    pub systemd_cgroup: bool,
-    /// Its standard streams.
-    pub console: Console,
-    /// Whether the container shall end when [`Created`] is dropped, or the caller ends.
-    pub foreground: bool,
-    /// The program that has the roles `sandbox`, `stand-in` and `device`: the `kata` binary.
-    pub program: &'a Path,
-}
-
-/// A container that was created.
-#[derive(Debug)]
-pub struct Created {
-    /// The sandbox process: a child of the caller, which stands for the container and exits with its exit code.
-    pub process: Child,
-    /// Closed: the caller has no more interest.
-    _lifeline: Option<UnixStream>,
-}
-
-/// Creates a container in a VM of its own, up to but not including its user's program.
-///
-/// # Errors
-///
-/// What is wrong with the bundle, the host or the guest; nothing is then left on the host.
-pub fn create(request: &Create<'_>) -> Result<Created, Error> {
-    let annotations = request.bundle.spec.annotations().clone().unwrap_or_default();
-    let config = request.config.clone().with_annotations(&annotations)?;
-    let dir = request.root.claim(request.id)?;
-    let created = linux::file::lock(&dir.vm().lock())
-        .map_err(Error::host("lock", dir.vm().lock()))
-        .and_then(|_lock| {
-            let bundle = request.bundle;
-            let now = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
-            let mut record =
-                ContainerRecord::new(dir.id(), bundle.path.clone(), bundle.rootfs()?, now);
-            record.annotations = annotations;
-            record.hooks.clone_from(bundle.spec.hooks());
-            dir.write(&record)?;
-            launch(request, config, &dir)
-        });
-    if created.is_err() {
-        settle(&dir);
-    }
-    created
-}
-
-fn launch(request: &Create<'_>, config: Config, dir: &ContainerDir) -> Result<Created, Error> {
-    let wants_terminal = request.bundle.process()?.terminal().unwrap_or_default();
-    let mut command = Command::new(request.program);
-    console::attach(&mut command, wants_terminal, &request.console, request.bundle.process()?)?;
-    let (ours, theirs) = UnixStream::pair().map_err(Error::host("create", "a socket pair"))?;
-    let number = command.pass(theirs.into());
-    command.name("kata").args(["sandbox".to_owned(), number.to_string()]).new_session();
-    let mut child =
-        command.spawn().map_err(Error::host("start the sandbox process from", request.program))?;
-    let message = Launch {
-        root: request.root.clone(),
-        id: request.id.as_str().to_owned(),
-        bundle: request.bundle.path.clone(),
-        spec: request.bundle.json().clone(),
-        config,
-        systemd_cgroup: request.systemd_cgroup,
-        terminal: wants_terminal,
-        foreground: request.foreground,
-        device_program: (request.program.to_owned(), vec!["device".to_owned()]),
-    };
-    match converse(&ours, &message, request, child.pid()) {
-        Ok(()) => Ok(Created { process: child, _lifeline: request.foreground.then_some(ours) }),
-        Err(error) => {
-            // It has nothing more to do, or did not notice that it has not.
-            drop(child.signal(Signal::KILL));
-            drop(child.wait());
-            Err(match error {
-                Error::SandboxGone { .. } => Error::Told {
-                    text: format!("the sandbox process ended early: {}", last_words(dir)),
-                    kind: error.kind(),
-                },
-                error => error,
-            })
-        }
-    }
-}
-
-/// Tells the sandbox process what to do and hears it out.
-fn converse(
-    channel: &UnixStream,
-    launch: &Launch,
-    request: &Create<'_>,
-    pid: u32,
-) -> Result<(), Error> {
-    let gone = |_: io::Error| Error::SandboxGone { id: launch.id.clone() };
-    let mut write = channel.try_clone().map_err(gone)?;
-    let mut tell = |message: Vec<u8>| {
-        write.write_all(&message).and_then(|()| write.write_all(b"\n")).map_err(gone)
-    };
-    tell(serde_json::to_vec(launch).map_err(io::Error::from).map_err(gone)?)?;
-    let mut read = BufReader::new(channel);
-    loop {
-        let mut line = String::new();
-        read.read_line(&mut line).map_err(gone)?;
-        match serde_json::from_str(&line).map_err(io::Error::from).map_err(gone)? {
-            Report::Hooks => {
-                run_runtime_hooks(request.bundle, request.id, pid)?;
-                tell(serde_json::to_vec(&HooksDone).map_err(io::Error::from).map_err(gone)?)?;
-            }
-            Report::Ready { phases } => {
-                let phases = phases.iter().map(|(name, ms)| format!(" {name}_ms={ms}"));
-                tracing::debug!("container created{}", phases.collect::<String>());
-                return Ok(());
-            }
-            Report::Failed { text, kind } => return Err(Error::Told { text, kind }),
-        }
-    }
-}
-
-fn run_runtime_hooks(bundle: &Bundle, id: &ContainerId, pid: u32) -> Result<(), Error> {
-    let Some(all) = bundle.spec.hooks() else { return Ok(()) };
-    let state = hook_state(bundle, id, Status::Creating, pid);
-    // Deprecated in the spec; Docker before 28 sets up its networks in it.
-    let prestart = all.prestart().as_deref().unwrap_or_default();
-    hooks::run("prestart", prestart, &state)?;
-    hooks::run("createRuntime", all.create_runtime().as_deref().unwrap_or_default(), &state)
-}
-
-fn last_words(dir: &ContainerDir) -> String {
-    let log = fs::read_to_string(dir.vm().log()).unwrap_or_default();
-    log.lines().last().unwrap_or("it said nothing").to_owned()
-}
-
-/// Gives back all that a container's sandbox has taken, and forgets it.
+/// Gives back all that a container has taken, and with the last one its sandbox; and forgets it.
 ///
 /// # Errors
 ///
 /// When something would not go; it stays written down, for another try.
 fn give_back(dir: &ContainerDir) -> Result<(), Error> {
-    if dir.vm().path().exists() {
-        Ledger::open(&dir.vm().ledger())
+    let mut ledgers = vec![dir.ledger()];
+    if !dir.has_siblings() {
+        ledgers.push(dir.vm().ledger());
+    }
+    for path in ledgers.into_iter().filter(|path| path.exists()) {
+        Ledger::open(&path)
             .and_then(|ledger| ledger.settle(&ThisHost))
-            .map_err(Error::host("give back all that is in", dir.vm().ledger()))?;
+            .map_err(Error::host("give back all that is in", path))?;
     }
     dir.remove()
 }
@@ -341,7 +198,7 @@ pub fn kill(root: &Root, id: &ContainerId, signal: u32, all: bool) -> Result<(),
                 .set_timeout(Some(KILL_TIMEOUT))
                 .map_err(Error::host("set up", dir.vm().control()))?;
         }
-        client.ask(&Request::Signal { signal, all })
+        client.ask(&Request::Signal { exec: String::new(), signal, all })
     });
     match (told, record.process) {
         // Whatever it hangs in, SIGKILL ends it.
@@ -368,10 +225,7 @@ pub fn delete(root: &Root, id: &ContainerId, force: bool) -> Result<(), Error> {
     if !force {
         lawful(root, id, Operation::Delete)?;
     }
-    let stopped = record.as_ref().is_some_and(|record| record.status == Status::Stopped);
-    if let Some(sandbox) = dir.vm().read()? {
-        end_process(sandbox.process, stopped)?;
-    }
+    end(&dir, record.as_ref())?;
     let hooks = record.and_then(|record| record.hooks);
     let poststop = hooks.and_then(|hooks| hooks.poststop().clone()).unwrap_or_default();
     let state = state(root, id).ok().and_then(|state| serde_json::to_vec(&state).ok());
@@ -390,7 +244,30 @@ pub fn delete(root: &Root, id: &ContainerId, force: bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Waits for a sandbox process that is on its way out, or kills it; either way it is gone afterwards.
+/// Sees to it that nothing of a container runs any more, and with the last one nothing of its sandbox.
+fn end(dir: &ContainerDir, record: Option<&ContainerRecord>) -> Result<(), Error> {
+    let stopped = record.is_some_and(|record| record.status == Status::Stopped);
+    if let Some(process) = record.and_then(|record| record.process) {
+        end_process(process, stopped)?;
+    }
+    let Some(sandbox) = dir.vm().read()? else { return Ok(()) };
+    if dir.has_siblings() {
+        let released = Client::connect(dir).and_then(|mut client| {
+            client
+                .set_timeout(Some(KILL_TIMEOUT))
+                .map_err(Error::host("set up", dir.vm().control()))?;
+            client.ask(&Request::Release)
+        });
+        if released.is_ok() || !sandbox.process.is_alive() {
+            return Ok(());
+        }
+        // Whatever it hangs in: without an answer nothing in it can be trusted to be gone.
+        return end_process(sandbox.process, false);
+    }
+    end_process(sandbox.process, stopped)
+}
+
+/// Waits for a process of ours that is on its way out, or kills it; either way it is gone afterwards.
 fn end_process(process: ProcessId, on_its_way: bool) -> Result<(), Error> {
     let name = || process.pid.to_string();
     let Some(pidfd) = process.open().map_err(Error::host("open process", name()))? else {

@@ -1,120 +1,92 @@
-//! A created container, until it has ended.
+//! A sandbox, until its last container has gone.
 
-use std::cell::Cell;
-use std::io;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use hypervisor::Vm;
-use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
-use tokio::task::{spawn_blocking, spawn_local};
+use tokio::io::AsyncReadExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::spawn_local;
 use tracing::{error, info, warn};
 
+use crate::boot::Booted;
 use crate::error::{Chain, Error};
-use crate::launch::Caller;
-use crate::server::{Sandbox, VmRequest, exit_code};
-use crate::status::Status;
-use crate::stdio::Relay;
+use crate::sandbox::{Sandbox, VmRequest};
+use crate::state::ContainerDir;
 
-/// How a container exits whose machine was killed: 128 + SIGKILL.
-const KILLED: u8 = 137;
+/// The `create` that has started this sandbox process.
+pub(crate) struct Caller(UnixStream);
 
-/// How the sandbox process ends.
-pub(crate) struct Ended {
-    pub(crate) code: u8,
-    /// Whether whoever would clean up has gone.
-    pub(crate) orphaned: bool,
+impl Caller {
+    pub(crate) fn new(socket: UnixStream) -> Self {
+        Self(socket)
+    }
+
+    /// Waits for its end. Cancel safe: it says nothing more.
+    pub(crate) async fn gone(&mut self) {
+        let mut nothing = [0];
+        while self.0.read(&mut nothing).await.is_ok_and(|length| length > 0) {}
+    }
 }
 
-/// A created container and its machine.
+/// A sandbox and its machine.
 pub(crate) struct Running {
-    pub(crate) sandbox: Rc<Sandbox>,
-    pub(crate) vm: Box<dyn Vm>,
-    pub(crate) vm_orders: mpsc::Receiver<VmRequest>,
-    pub(crate) control: UnixListener,
-    pub(crate) relay: Relay,
-    /// What took how long, for the log of whoever waits.
-    pub(crate) phases: Vec<(String, u64)>,
-    /// The container's terminal, whose size the guest's shall have.
-    pub(crate) tty: Option<OwnedFd>,
+    sandbox: Rc<Sandbox>,
+    vm: Box<dyn Vm>,
+    vm_orders: mpsc::Receiver<VmRequest>,
+    control: UnixListener,
 }
 
 impl Running {
-    /// Ends a container that nobody waits for any more.
-    pub(crate) async fn abandon(self) -> Ended {
-        warn!("the caller is gone: its container ends");
-        if let Err(error) = self.vm.kill().await {
-            warn!(error = %Chain(&error), "the machine was not killed");
-        }
-        Ended { code: KILLED, orphaned: true }
+    pub(crate) fn new(booted: Booted, control: UnixListener) -> Self {
+        let Booted { launch, ledger, vm, agent, began, phases } = booted;
+        let (vm_requests, vm_orders) = mpsc::channel(4);
+        let sandbox =
+            Sandbox::new(launch, ledger, agent, vm.as_ref(), vm_requests, (began, phases));
+        Self { sandbox: Rc::new(sandbox), vm, vm_orders, control }
     }
 
-    /// Serves until the container has ended; one in the foreground ends with its caller.
-    pub(crate) async fn until_ended(mut self, mut caller: Caller, foreground: bool) -> Ended {
-        let (ended, end) = watch::channel(None);
-        let orphaned = Rc::new(Cell::new(false));
-        if foreground {
-            let (orphaned, vm) = (Rc::clone(&orphaned), self.sandbox.vm.clone());
-            spawn_local(async move {
-                caller.gone().await;
-                orphaned.set(true);
-                // A machine that has ended needs no more orders.
-                drop(vm.send(VmRequest::Kill).await);
-            });
-        } else {
-            drop(caller);
-        }
+    /// Serves until the caller has gone and no container is left. Answers the directory that nobody else will remove.
+    pub(crate) async fn until_empty(mut self, mut caller: Caller) -> Option<ContainerDir> {
         spawn_local(accept(self.control, Rc::clone(&self.sandbox)));
-        spawn_local(watch_init(Rc::clone(&self.sandbox), self.relay, ended));
         spawn_local(watch_oom(Rc::clone(&self.sandbox)));
-        if let Err(error) = forward_signals(&self.sandbox, self.tty) {
-            warn!(%error, "signals are not forwarded");
-        }
-        let code = own_machine(&mut self.vm, &mut self.vm_orders, end).await;
-
-        self.sandbox.record.borrow_mut().exit_code = Some(code);
-        if let Err(error) = self.sandbox.set_status(Status::Stopped) {
-            error!(error = %Chain(&error), "the exit was not written down");
+        let mut changes = self.sandbox.changes();
+        let mut machine_ended = self.vm.ended();
+        let mut alone = false;
+        loop {
+            if alone && self.sandbox.is_empty() {
+                break;
+            }
+            tokio::select! {
+                // In this order: a container that has exited has exited, however its machine ends.
+                biased;
+                _ = changes.changed() => {}
+                () = caller.gone(), if !alone => alone = true,
+                exit = machine_ended.wait_for(Option::is_some) => {
+                    let exit = exit.ok().and_then(|exit| exit.clone());
+                    error!(?exit, "the machine ended under its containers");
+                    self.sandbox.all_killed();
+                    break;
+                }
+                order = self.vm_orders.recv() => match order {
+                    Some(VmRequest::Attach(device, answer)) => {
+                        drop(answer.send(self.vm.attach(device).await.map_err(Error::from)));
+                    }
+                    Some(VmRequest::Detach(id, answer)) => {
+                        drop(answer.send(self.vm.detach(&id).await.map_err(Error::from)));
+                    }
+                    Some(VmRequest::Kill) | None => {
+                        self.sandbox.all_killed();
+                        break;
+                    }
+                },
+            }
         }
         if let Err(error) = self.vm.kill().await {
             warn!(error = %Chain(&error), "the machine was not killed");
         }
-        info!(code, "container ended");
-        Ended { code, orphaned: orphaned.get() }
-    }
-}
-
-/// Does what is asked of the machine until the container or the machine has ended; answers the container's exit code.
-async fn own_machine(
-    vm: &mut Box<dyn Vm>,
-    orders: &mut mpsc::Receiver<VmRequest>,
-    mut end: watch::Receiver<Option<u8>>,
-) -> u8 {
-    let mut machine_ended = vm.ended();
-    loop {
-        tokio::select! {
-            // In this order: a container that has exited has exited, however its machine ends.
-            biased;
-            code = end.wait_for(Option::is_some) => {
-                return code.ok().and_then(|code| *code).unwrap_or(KILLED);
-            }
-            exit = machine_ended.wait_for(Option::is_some) => {
-                let exit = exit.ok().and_then(|exit| exit.clone());
-                error!(?exit, "the machine ended under its container");
-                return KILLED;
-            }
-            order = orders.recv() => match order {
-                Some(VmRequest::Attach(device, answer)) => {
-                    drop(answer.send(vm.attach(device).await.map_err(Error::from)));
-                }
-                Some(VmRequest::Detach(id, answer)) => {
-                    drop(answer.send(vm.detach(&id).await.map_err(Error::from)));
-                }
-                Some(VmRequest::Kill) | None => return KILLED,
-            },
-        }
+        info!("the sandbox ended");
+        self.sandbox.orphan()
     }
 }
 
@@ -132,27 +104,6 @@ async fn accept(control: UnixListener, sandbox: Rc<Sandbox>) {
     }
 }
 
-/// Tells `ended` when the container's init has exited and all it had written has been delivered.
-async fn watch_init(sandbox: Rc<Sandbox>, relay: Relay, ended: watch::Sender<Option<u8>>) {
-    match sandbox.agent.wait(sandbox.dir.id().as_str(), "").await {
-        Ok(exit) => {
-            let written = [exit.stdout_bytes, exit.stderr_bytes];
-            if spawn_blocking(move || relay.finish(written)).await.is_err() {
-                error!("the last output may be lost");
-            }
-            if exit.oom_killed {
-                warn!("the guest's kernel killed a process: out of memory");
-            }
-            ended.send_replace(Some(exit_code(exit.exit_code)));
-        }
-        Err(error) => {
-            // The machine's end, which is watched too, explains it; if the machine lives, the agent is broken.
-            error!(error = %Chain(&error), "the container's init is lost");
-            ended.send_replace(Some(KILLED));
-        }
-    }
-}
-
 async fn watch_oom(sandbox: Rc<Sandbox>) {
     let Ok(mut events) = sandbox.agent.events().await else { return };
     while let Ok(Some(event)) = events.recv().await {
@@ -163,41 +114,4 @@ async fn watch_oom(sandbox: Rc<Sandbox>) {
             );
         }
     }
-}
-
-/// Forwards the signals that this process is sent to the container's init, and its terminal's size.
-fn forward_signals(sandbox: &Rc<Sandbox>, tty: Option<OwnedFd>) -> io::Result<()> {
-    let kinds = [
-        SignalKind::hangup(),
-        SignalKind::interrupt(),
-        SignalKind::quit(),
-        SignalKind::terminate(),
-        SignalKind::user_defined1(),
-        SignalKind::user_defined2(),
-    ];
-    for kind in kinds {
-        let mut signals = signal(kind)?;
-        let sandbox = Rc::clone(sandbox);
-        spawn_local(async move {
-            while signals.recv().await.is_some() {
-                let number = kind.as_raw_value().unsigned_abs();
-                if let Err(error) = sandbox.signal(number, false).await {
-                    warn!(number, error = %Chain(&error), "signal not forwarded");
-                }
-            }
-        });
-    }
-    if let Some(tty) = tty {
-        let mut changes = signal(SignalKind::window_change())?;
-        let sandbox = Rc::clone(sandbox);
-        spawn_local(async move {
-            while changes.recv().await.is_some() {
-                let Ok(size) = linux::pty::window_size(&tty) else { continue };
-                if let Err(error) = sandbox.resize("", size.rows, size.columns).await {
-                    warn!(error = %Chain(&error), "terminal not resized");
-                }
-            }
-        });
-    }
-    Ok(())
 }

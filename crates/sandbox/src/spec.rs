@@ -19,6 +19,15 @@ const NEWEST: (u32, u32) = (1, 3);
 const GUEST_HAS: [(i64, i64); 11] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
 
+/// A namespace that a container shares with another one of its sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SharedNamespace {
+    /// Its type, never the network's: that one all containers of a sandbox share.
+    pub(crate) kind: LinuxNamespaceType,
+    /// The other container.
+    pub(crate) container: String,
+}
+
 /// A bundle: its directory and its spec, as typed and as its JSON.
 #[derive(Debug, Clone)]
 pub struct Bundle {
@@ -200,7 +209,12 @@ impl Bundle {
     /// What the guest's agent is told: the spec's JSON with its root and mounts where the guest has them, and without
     /// what only the host can honour. Pure.
     #[must_use]
-    pub(crate) fn for_guest(&self, root: &str, mounts: &[protocol::oci::Mount]) -> Value {
+    pub(crate) fn for_guest(
+        &self,
+        root: &str,
+        mounts: &[protocol::oci::Mount],
+        shared: &[SharedNamespace],
+    ) -> Value {
         let mut spec = self.json.clone();
         spec["root"]["path"] = root.into();
         spec["mounts"] = serde_json::to_value(mounts).unwrap_or_default();
@@ -221,10 +235,16 @@ impl Bundle {
         if let Some(namespaces) =
             spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut)
         {
-            // The guest's own network namespace is the sandbox's. A path is of the host; the sandbox's shared one is the
-            // agent's.
-            namespaces.retain(|namespace| {
-                namespace["type"] != "network"
+            // The guest's own network namespace is the sandbox's. A path is of the host; where it is another container's
+            // of the sandbox, the agent knows that one's namespace.
+            namespaces.retain_mut(|namespace| {
+                let kind = namespace["type"].as_str().unwrap_or_default();
+                let of = shared.iter().find(|shared| shared.kind.to_string() == kind);
+                if let Some(SharedNamespace { container, .. }) = of {
+                    namespace["path"] = protocol::paths::namespace_of(container).into();
+                    return true;
+                }
+                kind != "network"
                     && namespace.get("path").and_then(Value::as_str).unwrap_or_default().is_empty()
             });
         }
@@ -361,7 +381,7 @@ mod tests {
 
     #[test]
     fn the_guest_is_told_nothing_that_only_the_host_can_honour() {
-        let guest = load(&spec()).unwrap().for_guest("/run/kata/share/x/rootfs", &[]);
+        let guest = load(&spec()).unwrap().for_guest("/run/kata/share/x/rootfs", &[], &[]);
         assert_eq!(guest["root"]["path"], "/run/kata/share/x/rootfs");
         assert_eq!(guest["hooks"], json!({"startContainer": [{"path": "/c"}]}));
         assert_eq!(guest["linux"]["namespaces"], json!([{"type": "mount"}]));
@@ -380,7 +400,7 @@ mod tests {
         ]);
         assert!(load(&json).unwrap_err().contains("/dev/vda (254:0)"));
         json["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
-        let guest = load(&json).unwrap().for_guest("/r", &[]);
+        let guest = load(&json).unwrap().for_guest("/r", &[], &[]);
         assert_eq!(guest["linux"]["devices"].as_array().unwrap().len(), 1);
     }
 }

@@ -1,13 +1,12 @@
-//! The stand-in: the host process that is a guest process to whoever asked for an exec.
+//! The stand-in: the host process that is a guest process to whoever asked for it.
 //!
-//! containerd's runc shim and conmon kill an exec by its host pid, reap that pid for the exit code and resize its
-//! terminal; so there must be one, in the container's cgroup, that relays the streams, forwards the signals it gets and
-//! exits as the guest's process does. When it is killed itself, the sandbox process reads the end of its connection and
-//! kills the guest's.
+//! containerd's runc shim and conmon know a container, and an exec, by a host pid: they find its cgroup and its network
+//! namespace by it, kill it, reap it for the exit code and resize its terminal. So there is one for each, in the
+//! container's cgroup, that relays the streams, forwards the signals it gets and exits as the guest's process does. When
+//! it is killed itself, the sandbox process reads the end of its connection and kills the guest's process.
 
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
@@ -16,87 +15,97 @@ use linux::pty;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
-use serde::{Deserialize, Serialize};
 
-use crate::control::{Client, Request, Response};
+use crate::control::{Client, NewContainer, Request, Response};
 use crate::error::{Chain, Error};
-use crate::launch::Report;
-use crate::state::VmDir;
+use crate::hooks;
+use crate::launch::{Channel, Go, Init, Order, Process, Report};
+use crate::state::{ContainerId, VmDir};
 use crate::stdio::Stdio;
 
-/// How an exec exits whose sandbox has gone: 128 + SIGKILL.
+/// How a process exits whose sandbox has gone: 128 + SIGKILL.
 const KILLED: u8 = 137;
-
-/// What a stand-in shall run.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Order {
-    pub(crate) vm: VmDir,
-    pub(crate) id: String,
-    /// The OCI spec's `process`, as JSON.
-    pub(crate) process: String,
-    pub(crate) terminal: bool,
-}
 
 /// Runs the stand-in whose order comes over `channel`, until its process has ended. Answers the exit code for this
 /// process.
 #[must_use]
 pub fn serve(channel: OwnedFd) -> u8 {
-    let channel = UnixStream::from(channel);
-    let report = |report: &Report| {
-        if let Ok(mut line) = serde_json::to_vec(report) {
-            line.push(b'\n');
-            // `exec` may be gone; the process runs all the same.
-            drop((&channel).write_all(&line));
-        }
-    };
-    let mut line = String::new();
-    let order = BufReader::new(&channel)
-        .read_line(&mut line)
-        .and_then(|_| Ok(serde_json::from_str::<Order>(&line)?))
-        .map_err(Error::host("read the order from", "exec"));
-    let ran = order.and_then(|order| {
+    let mut channel = Channel::inherited(channel);
+    let order = channel.hear().map_err(Error::host("read the order from", "its caller"));
+    let ran = order.and_then(|order: Order| {
         let stdio =
             Stdio::own(order.terminal).map_err(Error::host("keep", "the standard streams"))?;
-        join_cgroups(&order.vm);
-        run(&order, stdio, || report(&Report::Ready { phases: Vec::new() }))
+        if let Process::Init(init) = &order.what {
+            join_namespaces(init)?;
+            if stdio.terminal {
+                // Refused for the caller's own terminal, which its session keeps: it forwards what happens to it.
+                drop(pty::make_controlling(&stdio.stdin));
+            }
+            let lost = |_| Error::SandboxGone { id: order.id.clone() };
+            channel.tell(&Report::Joined).map_err(lost)?;
+            let Go = channel.hear().map_err(lost)?;
+            // The spec has these run in the container's namespaces, with paths of the runtime's: here is both, as far as
+            // the host goes.
+            hooks::run("createContainer", &init.hooks, init.state.as_bytes())?;
+        } else {
+            join_cgroups(&order.vm, &order.id);
+        }
+        run(order, stdio, Some(&mut channel))
     });
     ran.unwrap_or_else(|error| {
-        report(&Report::Failed { text: Chain(&error).to_string(), kind: error.kind() });
+        let report = Report::Failed { text: Chain(&error).to_string(), kind: error.kind() };
+        // The caller may be gone; then nobody is there to be told.
+        drop(channel.tell(&report));
         KILLED
     })
 }
 
-/// Runs a process as `order` says with these streams, calls `ready` once it runs, and answers its exit code.
-pub(crate) fn run(order: &Order, stdio: Stdio, ready: impl FnOnce()) -> Result<u8, Error> {
+/// Enters the namespaces that the container's process is in on the host.
+fn join_namespaces(init: &Init) -> Result<(), Error> {
+    match &init.netns {
+        Some(path) => {
+            linux::namespace::enter(path).map_err(Error::host("enter network namespace", path))?;
+        }
+        None => linux::namespace::unshare_network()
+            .map_err(Error::host("create", "a network namespace"))?,
+    }
+    linux::namespace::unshare_mounts().map_err(Error::host("create", "a mount namespace"))
+}
+
+/// Has the sandbox process run what `order` says, with these streams, tells `caller` once it runs, and answers its exit
+/// code.
+pub(crate) fn run(
+    order: Order,
+    stdio: Stdio,
+    mut caller: Option<&mut Channel>,
+) -> Result<u8, Error> {
     // Before the relay's threads are there: they inherit the mask.
     let signals = forwarded().map_err(Error::host("watch", "signals"))?;
-    let mut client = Client::connect_to(&order.vm, &order.id)?;
-    let [stdin, stdout, stderr] = stdio.wanted();
     let terminal = stdio.terminal.then(|| stdio.stdin.try_clone()).transpose();
     let terminal = terminal.map_err(Error::host("keep", "the terminal"))?;
-    let answer = client.ask(&Request::Exec {
-        process: order.process.clone(),
-        stdin,
-        stdout,
-        stderr,
-        size: stdio.size(),
-        pid: std::process::id(),
-    })?;
-    let gone = || Error::SandboxGone { id: order.id.clone() };
-    let Response::Exec { exec, tokens, vsock } = answer else { return Err(gone()) };
+    let Order { vm, id, what, .. } = order;
+    let is_init = matches!(what, Process::Init(_));
+    let foreground = matches!(&what, Process::Init(init) if init.foreground);
+    let mut client = Client::connect_to(&vm, &id)?;
+    let answer = client.ask(&request(what, &stdio))?;
+    let gone = || Error::SandboxGone { id: id.clone() };
+    let Response::Process { exec, tokens, vsock, phases } = answer else { return Err(gone()) };
     let relay =
         stdio.relay(&vsock, &tokens).map_err(Error::host("open a stream into", "the guest"))?;
-    ready();
-    client.send(&Request::WaitExec { exec: exec.clone() })?;
+    let mut forward = Forward { client: Client::connect_to(&vm, &id)?, exec: &exec, terminal };
+    client.send(&Request::Wait { exec: exec.clone() })?;
+    if let Some(caller) = &mut caller
+        && caller.tell(&Report::Ready { phases }).is_err()
+        && is_init
+    {
+        forward.disown();
+        return Ok(KILLED);
+    }
     loop {
-        let mut fds = [PollFd::new(&client, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) => continue,
-            waited => {
-                waited.map_err(io::Error::from).map_err(Error::host("wait for", "the guest"))?
-            }
-        };
-        let [answered, signalled] = [&fds[0], &fds[1]].map(|fd| !fd.revents().is_empty());
+        // Somebody who stays for the container's whole life says nothing more: what can be read is its end.
+        let caller = caller.as_ref().filter(|_| foreground);
+        let watched = caller.map_or(client.as_fd(), |caller| caller.socket().as_fd());
+        let [answered, signalled, left] = wait_for([client.as_fd(), signals.as_fd(), watched])?;
         if answered {
             return match client.receive() {
                 Ok(Response::Ended { code, written }) => {
@@ -109,35 +118,70 @@ pub(crate) fn run(order: &Order, stdio: Stdio, ready: impl FnOnce()) -> Result<u
                 Err(error) => Err(error),
             };
         }
+        if left {
+            forward.disown();
+            return Ok(KILLED);
+        }
         if signalled && let Ok(Some(info)) = signals.read_signal() {
-            // A container that ends meanwhile has no more use for a signal.
-            drop(forward(order, &exec, info.ssi_signo, terminal.as_ref()));
+            forward.signal(info.ssi_signo);
         }
     }
 }
 
-/// Passes a signal on; a window change becomes a resize.
-fn forward(
-    order: &Order,
-    exec: &str,
-    signal: u32,
-    terminal: Option<&OwnedFd>,
-) -> Result<(), Error> {
-    let exec = exec.to_owned();
-    let request = if signal.cast_signed() == Signal::SIGWINCH as i32 {
-        let Some(size) = terminal.and_then(|terminal| pty::window_size(terminal.as_fd()).ok())
-        else {
-            return Ok(());
-        };
-        Request::ResizeExec { exec, rows: size.rows, columns: size.columns }
-    } else {
-        Request::SignalExec { exec, signal }
-    };
-    Client::connect_to(&order.vm, &order.id)?.ask(&request).map(|_| ())
+fn wait_for<const N: usize>(fds: [BorrowedFd<'_>; N]) -> Result<[bool; N], Error> {
+    let mut fds = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+    loop {
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            waited => {
+                waited.map_err(io::Error::from).map_err(Error::host("wait for", "the guest"))?;
+                return Ok(fds.each_ref().map(|fd| !fd.revents().is_empty()));
+            }
+        }
+    }
 }
 
-/// Waits for `child`, a sandbox process that the caller started, and passes on to it the signals that the caller gets.
-/// Answers its exit code; 128 + the signal where one ended it.
+fn request(what: Process, stdio: &Stdio) -> Request {
+    let (streams, size) = (stdio.wanted(), stdio.size());
+    match what {
+        Process::Exec(process) => Request::Exec { process, streams, size, pid: std::process::id() },
+        Process::Init(init) => {
+            let Init { spec, files, .. } = *init;
+            Request::Create(Box::new(NewContainer { spec, files, streams, size }))
+        }
+    }
+}
+
+/// Passes on what happens to the stand-in.
+struct Forward<'a> {
+    client: Client,
+    exec: &'a str,
+    terminal: Option<OwnedFd>,
+}
+
+impl Forward<'_> {
+    /// A window change becomes a resize.
+    fn signal(&mut self, signal: u32) {
+        let exec = self.exec.to_owned();
+        let request = if signal.cast_signed() == Signal::SIGWINCH as i32 {
+            let size = self.terminal.as_ref().and_then(|tty| pty::window_size(tty).ok());
+            let Some(size) = size else { return };
+            Request::Resize { exec, rows: size.rows, columns: size.columns }
+        } else {
+            Request::Signal { exec, signal, all: false }
+        };
+        // A process that ends meanwhile has no more use for it.
+        drop(self.client.ask(&request));
+    }
+
+    /// Whoever would delete the container has gone.
+    fn disown(&mut self) {
+        drop(self.client.ask(&Request::Disown));
+    }
+}
+
+/// Waits for `child`, a stand-in that the caller started, and passes on to it the signals that the caller gets. Answers
+/// its exit code; 128 + the signal where one ended it.
 ///
 /// # Errors
 ///
@@ -145,19 +189,9 @@ fn forward(
 pub fn attend(child: &mut Child) -> Result<u8, Error> {
     let signals = forwarded().map_err(Error::host("watch", "signals"))?;
     loop {
-        let mut fds = [
-            PollFd::from_borrowed_fd(child.pidfd(), PollFlags::IN),
-            PollFd::new(&signals, PollFlags::IN),
-        ];
-        match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) => continue,
-            waited => waited
-                .map_err(io::Error::from)
-                .map_err(Error::host("wait for", "the sandbox process"))?,
-        };
-        let ended = !fds[0].revents().is_empty();
+        let [ended, _] = wait_for([child.pidfd(), signals.as_fd()])?;
         if ended {
-            let status = child.wait().map_err(Error::host("wait for", "the sandbox process"))?;
+            let status = child.wait().map_err(Error::host("wait for", "the container"))?;
             let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
             return Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(KILLED));
         }
@@ -195,9 +229,15 @@ fn forwarded() -> io::Result<SignalFd> {
 }
 
 /// Joins the container's cgroups, by which its processes are told and counted. Where one is gone, so is the container.
-fn join_cgroups(vm: &VmDir) {
-    let Ok(Some(sandbox)) = vm.read() else { return };
-    for directory in &sandbox.cgroups {
+fn join_cgroups(vm: &VmDir, id: &str) {
+    let Ok(id) = ContainerId::new(id) else { return };
+    let Ok(Some(record)) = vm.container(&id).read() else { return };
+    join_each(&record.cgroups);
+}
+
+/// Puts the calling process in each of these cgroup directories, as far as they are there.
+pub(crate) fn join_each(directories: &[std::path::PathBuf]) {
+    for directory in directories {
         let join = |directory: &Path| {
             let mut file =
                 std::fs::OpenOptions::new().write(true).open(directory.join("cgroup.procs"))?;

@@ -4,12 +4,13 @@
 //! <root>/containers/<cid>          → ../vms/<vmid>/containers/<cid>   found by id; symlink(2)'s EEXIST keeps ids unique
 //! <root>/vms/<vmid>/lock           flock: one creator or deleter at a time
 //! <root>/vms/<vmid>/ledger         what to give back to the host
-//! <root>/vms/<vmid>/sandbox.json   the sandbox process, its cgroups
+//! <root>/vms/<vmid>/sandbox.json   the sandbox process, its network namespace
 //! <root>/vms/<vmid>/sandbox.log    what the sandbox process has to say
 //! <root>/vms/<vmid>/control.sock   the sandbox process's door
 //! <root>/vms/<vmid>/vm/            the hypervisor driver's own: sockets, logs
 //! <root>/vms/<vmid>/share/         the directory that the guest sees by virtio-fs
-//! <root>/vms/<vmid>/containers/<cid>/container.json
+//! <root>/vms/<vmid>/containers/<cid>/container.json   its status, its process on the host
+//! <root>/vms/<vmid>/containers/<cid>/ledger           what it has taken for itself: its cgroup
 //! ```
 
 use std::collections::HashMap;
@@ -73,8 +74,10 @@ pub struct ContainerRecord {
     pub id: String,
     /// Where it is in its life, as its sandbox process last knew.
     pub status: Status,
-    /// The host process that stands for it: the sandbox process, for a sandbox's first container.
+    /// The host process that stands for it.
     pub process: Option<ProcessId>,
+    /// The cgroup directories, one a hierarchy, that its host processes are in.
+    pub cgroups: Vec<PathBuf>,
     /// The bundle's absolute path.
     pub bundle: PathBuf,
     /// The root file system's absolute path on the host.
@@ -98,6 +101,7 @@ impl ContainerRecord {
             id: id.0.clone(),
             status: Status::Creating,
             process: None,
+            cgroups: Vec::new(),
             bundle,
             rootfs,
             created,
@@ -114,18 +118,15 @@ pub struct SandboxRecord {
     version: u32,
     /// The sandbox process.
     pub process: ProcessId,
-    /// The cgroup directories, one a hierarchy, that every host process of the sandbox is in.
-    pub cgroups: Vec<PathBuf>,
-    /// The network namespace the sandbox's interfaces are in.
-    pub netns: PathBuf,
+    /// The network namespace that the sandbox's interfaces are in: device and inode of its file, namespaces(7).
+    pub netns: (u64, u64),
 }
 
 impl SandboxRecord {
     /// A record of the sandbox that `process` owns.
     #[must_use]
-    pub fn new(process: ProcessId, cgroups: Vec<PathBuf>) -> Self {
-        let netns = PathBuf::from(format!("/proc/{}/ns/net", process.pid));
-        Self { version: VERSION, process, cgroups, netns }
+    pub fn new(process: ProcessId, netns: (u64, u64)) -> Self {
+        Self { version: VERSION, process, netns }
     }
 }
 
@@ -166,19 +167,29 @@ impl Root {
     ///
     /// [`Error::IdTaken`], or what the host says; nothing is then left.
     pub fn claim(&self, id: &ContainerId) -> Result<ContainerDir, Error> {
+        let name = random_name().map_err(Error::host("read", "/dev/urandom"))?;
+        self.claim_in(id, &VmDir(self.0.join("vms").join(name)))
+    }
+
+    /// Claims `id` and makes its directory in that of a VM.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::claim`].
+    pub fn claim_in(&self, id: &ContainerId, vm: &VmDir) -> Result<ContainerDir, Error> {
         for name in ["vms", "containers"] {
             let path = self.0.join(name);
             make_directories(&path).map_err(Error::host("create", path))?;
         }
-        let vm = random_name().map_err(Error::host("read", "/dev/urandom"))?;
+        let name = vm.0.file_name().unwrap_or_default();
         let link = self.link(id);
-        symlink(Path::new("../vms").join(&vm).join("containers").join(&id.0), &link).map_err(
+        symlink(Path::new("../vms").join(name).join("containers").join(&id.0), &link).map_err(
             |source| match source.kind() {
                 IoKind::AlreadyExists => Error::IdTaken { id: id.0.clone() },
                 _ => Error::Host { action: "create", path: link.clone(), source },
             },
         )?;
-        let dir = ContainerDir { vm: VmDir(self.0.join("vms").join(vm)), id: id.clone(), link };
+        let dir = ContainerDir { vm: vm.clone(), id: id.clone(), link };
         make_directories(&dir.path()).map_err(|source| {
             let path = dir.path();
             // The first error is the one to tell.
@@ -219,6 +230,16 @@ impl Root {
             .collect();
         ids.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(ids)
+    }
+
+    /// The VM of the sandbox whose interfaces are in the network namespace `netns`, where one runs.
+    #[must_use]
+    pub fn sandbox_in(&self, netns: (u64, u64)) -> Option<VmDir> {
+        let entries = fs::read_dir(self.0.join("vms")).into_iter().flatten().flatten();
+        entries.map(|entry| VmDir(entry.path())).find(|vm| {
+            let record = vm.read().ok().flatten();
+            record.is_some_and(|record| record.netns == netns && record.process.is_alive())
+        })
     }
 
     fn link(&self, id: &ContainerId) -> PathBuf {
@@ -275,6 +296,24 @@ impl VmDir {
 
     fn record(&self) -> PathBuf {
         self.0.join("sandbox.json")
+    }
+
+    /// The directory of a container in this VM.
+    #[must_use]
+    pub fn container(&self, id: &ContainerId) -> ContainerDir {
+        // <root>/vms/<vmid>
+        let root = self.0.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+        ContainerDir { vm: self.clone(), id: id.clone(), link: root.join("containers").join(&id.0) }
+    }
+
+    /// The containers in this VM, ended ones too.
+    #[must_use]
+    pub fn containers(&self) -> Vec<ContainerDir> {
+        let entries = fs::read_dir(self.0.join("containers")).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| ContainerId::new(entry.file_name().to_str()?).ok())
+            .map(|id| self.container(&id))
+            .collect()
     }
 
     /// Reads `sandbox.json`; nothing where the sandbox process has not come so far.
@@ -360,7 +399,20 @@ impl ContainerDir {
         write_json(&self.record(), record)
     }
 
-    /// Forgets the container and its VM's directory, link last: while the link is there, `delete` can be tried again.
+    /// The ledger of what the container itself has taken: what its VM has taken is in [`VmDir::ledger`].
+    #[must_use]
+    pub fn ledger(&self) -> PathBuf {
+        self.path().join("ledger")
+    }
+
+    /// Whether its VM has other containers, ended ones too.
+    #[must_use]
+    pub fn has_siblings(&self) -> bool {
+        self.vm.containers().iter().any(|other| other.id != self.id)
+    }
+
+    /// Forgets the container, and with the last one its VM's directory; link last: while the link is there, `delete` can
+    /// be tried again.
     ///
     /// What is bound below the share is the user's and is never descended into.
     ///
@@ -368,6 +420,10 @@ impl ContainerDir {
     ///
     /// When something would not go.
     pub fn remove(&self) -> Result<(), Error> {
+        if self.has_siblings() {
+            linux::remove_tree(&self.path()).map_err(Error::host("remove", self.path()))?;
+            return linux::remove_tree(&self.link).map_err(Error::host("remove", &self.link));
+        }
         // Only the sandbox process itself sees mounts there; for everybody else they went with it.
         linux::mount::unmount_all(&self.vm.share())
             .map_err(Error::host("unmount", self.vm.share()))?;

@@ -7,6 +7,7 @@ use std::path::{Component, Path};
 
 use linux::ledger::{Ledger, Undo};
 use linux::mount::{self, Attributes, Propagation, Tree};
+use linux::namespace::inside_mounts;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2};
 use rustix::io::Errno;
 
@@ -15,18 +16,28 @@ use crate::{Bind, Error, Plan, ReadOnly};
 /// Makes the binds of `plan` below `share`, in the calling thread's mount namespace. What is made on disk goes into
 /// `ledger` before.
 ///
+/// The sources are found in the mount namespace `origin` (`/proc/<pid>/ns/mnt`): the one of whoever asks, who may have
+/// mounted them since the caller left that namespace.
+///
 /// # Errors
 ///
 /// [`Error::Host`]; what was bound before is undone.
-pub fn attach(plan: &Plan, share: &Path, ledger: &mut Ledger) -> Result<(), Error> {
+pub fn attach(plan: &Plan, share: &Path, origin: &Path, ledger: &mut Ledger) -> Result<(), Error> {
     let directory = share.join(&plan.container_id);
     let mut entries = vec![Undo::RemoveTree { path: directory.clone() }];
     entries.extend(plan.binds.iter().map(|bind| Undo::Unmount { path: share.join(&bind.name) }));
     for entry in entries {
         ledger.record(entry).map_err(Error::host("record", &directory))?;
     }
-    make_mount_points(plan)?;
-    let outcome = plan.binds.iter().try_for_each(|bind| make(bind, share));
+    let taken = inside_mounts(origin, || {
+        let trees = make_mount_points(plan).and_then(|()| {
+            plan.binds.iter().map(|bind| take(bind, share)).collect::<Result<_, _>>()
+        });
+        Ok::<Result<Vec<Tree>, Error>, io::Error>(trees)
+    });
+    let trees = taken.map_err(Error::host("enter mount namespace", origin))??;
+    let outcome =
+        plan.binds.iter().zip(trees).try_for_each(|(bind, tree)| place(bind, tree, share));
     if outcome.is_err() {
         // The first error is the one to tell; the ledger still has what would not go.
         drop(detach(&plan.container_id, share));
@@ -58,9 +69,9 @@ pub fn detach(container_id: &str, share: &Path) -> Result<(), Error> {
     linux::remove_tree(&directory).map_err(Error::host("remove", &directory))
 }
 
-fn make(bind: &Bind, share: &Path) -> Result<(), Error> {
+/// A copy of the source's mount, with the bind's attributes, not yet attached anywhere.
+fn take(bind: &Bind, share: &Path) -> Result<Tree, Error> {
     let source = open_source(bind)?;
-    let target = make_target(bind, share).map_err(Error::host("make", &share.join(&bind.name)))?;
     let failed = |error: io::Error| Error::host("bind", &bind.source)(error);
     let tree = Tree::of(&source, bind.recursive).map_err(failed)?;
     // A source that the share is in would be told of its own bind, and that one of it, without end.
@@ -79,8 +90,12 @@ fn make(bind: &Bind, share: &Path) -> Result<(), Error> {
     if let Some(recursive) = read_only {
         tree.set(Attributes::READ_ONLY, recursive).map_err(failed)?;
     }
-    // Last, so that nobody ever sees it writable.
-    tree.attach(&target).map_err(failed)
+    Ok(tree)
+}
+
+fn place(bind: &Bind, tree: Tree, share: &Path) -> Result<(), Error> {
+    let target = make_target(bind, share).map_err(Error::host("make", &share.join(&bind.name)))?;
+    tree.attach(&target).map_err(Error::host("bind", &bind.source))
 }
 
 /// Opens a planned source: its path had no symlinks then, and must have none now.

@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 
 use linux::mount::Propagation;
 use protocol::oci;
+use serde::{Deserialize, Serialize};
 
 pub use attach::{attach, detach};
 pub use plan::plan;
@@ -76,7 +77,7 @@ pub struct Source {
 }
 
 /// What to bind below the share, and what the guest mounts.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// The container's id.
     pub container_id: String,
@@ -94,7 +95,7 @@ pub struct Plan {
 }
 
 /// One bind mount below the share.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bind {
     /// The host's directory or file, a path without symlinks.
     pub source: PathBuf,
@@ -112,7 +113,7 @@ pub struct Bind {
 }
 
 /// What of a bind mount cannot be written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ReadOnly {
     /// All can be written.
     No,

@@ -39,7 +39,8 @@ impl Fixture {
     }
 
     fn attach(&self, plan: &crate::Plan) -> Result<(), crate::Error> {
-        attach(plan, &self.share(), &mut Ledger::open(&self.ledger).unwrap())
+        let here = Path::new("/proc/thread-self/ns/mnt");
+        attach(plan, &self.share(), here, &mut Ledger::open(&self.ledger).unwrap())
     }
 }
 

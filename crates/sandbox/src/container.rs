@@ -1,0 +1,127 @@
+//! One container of a running sandbox.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use linux::cgroup::Cgroup;
+use protocol::agent as wire;
+use tracing::error;
+
+use crate::error::{Chain, Error};
+use crate::state::{ContainerDir, ContainerRecord};
+use crate::status::{Operation, Status};
+
+/// A container that was created.
+pub(crate) struct Container {
+    dir: ContainerDir,
+    record: RefCell<ContainerRecord>,
+    cgroup: Option<Cgroup>,
+    /// The execs, each with the host process that stands for it.
+    execs: RefCell<HashMap<String, u32>>,
+    execs_made: Cell<u64>,
+    disowned: Cell<bool>,
+}
+
+impl Container {
+    pub(crate) fn new(dir: ContainerDir, record: ContainerRecord, cgroup: Option<Cgroup>) -> Self {
+        Self {
+            dir,
+            record: RefCell::new(record),
+            cgroup,
+            execs: RefCell::default(),
+            execs_made: Cell::default(),
+            disowned: Cell::default(),
+        }
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        self.dir.id().as_str()
+    }
+
+    pub(crate) fn dir(&self) -> &ContainerDir {
+        &self.dir
+    }
+
+    /// Its cgroup on the host.
+    pub(crate) fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
+    }
+
+    /// The directories of its cgroup.
+    pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
+        self.record.borrow().cgroups.clone()
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        self.record.borrow().status
+    }
+
+    /// Whether `operation` is lawful now.
+    pub(crate) fn check(&self, operation: Operation) -> Result<(), Error> {
+        let status = self.status();
+        if status.allows(operation) {
+            return Ok(());
+        }
+        Err(Error::WrongStatus { id: self.id().to_owned(), operation, status })
+    }
+
+    /// Changes the status, on disk too.
+    pub(crate) fn set_status(&self, status: Status) -> Result<(), Error> {
+        self.record.borrow_mut().status = status;
+        self.dir.write(&self.record.borrow())
+    }
+
+    /// Writes down how it exited; the first to say so is right.
+    pub(crate) fn ended(&self, code: u8) {
+        if self.status() == Status::Stopped {
+            return;
+        }
+        self.record.borrow_mut().exit_code = Some(code);
+        if let Err(error) = self.set_status(Status::Stopped) {
+            error!(error = %Chain(&error), "the exit was not written down");
+        }
+    }
+
+    /// Nobody is there who would delete it.
+    pub(crate) fn disown(&self) {
+        self.disowned.set(true);
+    }
+
+    pub(crate) fn is_disowned(&self) -> bool {
+        self.disowned.get()
+    }
+
+    /// A new exec's name.
+    pub(crate) fn name_exec(&self) -> String {
+        self.execs_made.set(self.execs_made.get() + 1);
+        format!("exec-{}", self.execs_made.get())
+    }
+
+    /// An exec runs, and `pid` stands for it.
+    pub(crate) fn add_exec(&self, exec: &str, pid: u32) {
+        self.execs.borrow_mut().insert(exec.to_owned(), pid);
+    }
+
+    /// An exec has ended; whether it was there.
+    pub(crate) fn forget_exec(&self, exec: &str) -> bool {
+        self.execs.borrow_mut().remove(exec).is_some()
+    }
+
+    /// The host processes that stand for its processes.
+    pub(crate) fn host_processes(&self) -> Vec<u32> {
+        let init = self.record.borrow().process.map(|process| process.pid);
+        init.into_iter().chain(self.execs.borrow().values().copied()).collect()
+    }
+
+    /// The agent's request to signal one process of it, or all.
+    pub(crate) fn signal_request(&self, exec: &str, signal: u32, all: bool) -> wire::SignalRequest {
+        wire::SignalRequest {
+            container_id: self.id().to_owned(),
+            exec_id: exec.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        }
+    }
+}

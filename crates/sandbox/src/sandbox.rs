@@ -1,0 +1,310 @@
+//! A running sandbox: a machine, and the containers in it.
+//!
+//! One thread owns everything here; tasks on it take turns, and no borrow is held across an await. A request that waits
+//! (for a process, for the guest) keeps no other one waiting.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use hypervisor::{Device, Vm, VsockAddress};
+use linux::cgroup::Cgroup;
+use linux::ledger::Ledger;
+use network::Network;
+use protocol::agent as wire;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tracing::{info, warn};
+
+use crate::agent::Agent;
+use crate::config::SandboxConfig;
+use crate::container::Container;
+use crate::control::{NewContainer, Response};
+use crate::error::{Chain, Error};
+use crate::launch::Launch;
+use crate::operations::settle;
+use crate::state::{ContainerDir, ContainerId, VmDir};
+use crate::status::Status;
+
+/// How a container exits that was killed: 128 + SIGKILL.
+pub(crate) const KILLED: u8 = 137;
+
+/// SIGKILL, which must work on a guest that answers nothing.
+pub(crate) const SIGKILL: u32 = 9;
+
+/// How long a killed container may take to end before it is taken for ended.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A request to whoever owns the machine.
+pub(crate) enum VmRequest {
+    /// Add a device.
+    Attach(Device, oneshot::Sender<Result<(), Error>>),
+    /// Take the device with this id away.
+    Detach(String, oneshot::Sender<Result<(), Error>>),
+    /// End the machine.
+    Kill,
+}
+
+/// A sandbox with its containers.
+pub(crate) struct Sandbox {
+    pub(crate) agent: Agent,
+    pub(crate) vsock: VsockAddress,
+    pub(crate) config: SandboxConfig,
+    dir: VmDir,
+    vm: mpsc::Sender<VmRequest>,
+    netns: PathBuf,
+    ledger: RefCell<Ledger>,
+    network: RefCell<Network>,
+    /// One at a time looks at the interfaces and changes the guest's.
+    scanning: Semaphore,
+    containers: RefCell<HashMap<String, Rc<Container>>>,
+    creating: Cell<usize>,
+    changed: watch::Sender<()>,
+    /// The machine's processes on the host, this one among them.
+    pids: Vec<u32>,
+    /// The cgroup that they are in.
+    cgroups: RefCell<Vec<PathBuf>>,
+    began: Instant,
+    phases: RefCell<Vec<(String, u64)>>,
+    orphan: RefCell<Option<ContainerDir>>,
+}
+
+impl Sandbox {
+    pub(crate) fn new(
+        launch: Launch,
+        ledger: Ledger,
+        agent: Agent,
+        vm: &dyn Vm,
+        requests: mpsc::Sender<VmRequest>,
+        (began, phases): (Instant, Vec<(String, u64)>),
+    ) -> Self {
+        let processes = vm.processes();
+        let mut pids = vec![std::process::id(), processes.hypervisor];
+        pids.extend(processes.devices);
+        // Until a container was created, the one it was made for is to be removed with it.
+        let orphan = ContainerId::new(&launch.id).ok().map(|id| launch.vm.container(&id));
+        Self {
+            agent,
+            vsock: vm.vsock(),
+            config: launch.config.sandbox,
+            dir: launch.vm,
+            vm: requests,
+            netns: launch.netns,
+            ledger: RefCell::new(ledger),
+            network: RefCell::new(Network::default()),
+            scanning: Semaphore::new(1),
+            containers: RefCell::default(),
+            creating: Cell::new(0),
+            changed: watch::Sender::default(),
+            pids,
+            cgroups: RefCell::new(launch.cgroups),
+            began,
+            phases: RefCell::new(phases),
+            orphan: RefCell::new(orphan),
+        }
+    }
+
+    /// Whether no container is in it, nor is about to be.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.containers.borrow().is_empty() && self.creating.get() == 0
+    }
+
+    /// Tells whenever [`Self::is_empty`] may have changed.
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// The directory of the last container, where nobody is there to remove it.
+    pub(crate) fn orphan(&self) -> Option<ContainerDir> {
+        self.orphan.take()
+    }
+
+    /// Writes down that every container has ended: its machine has.
+    pub(crate) fn all_killed(&self) {
+        for container in self.containers.borrow().values() {
+            container.ended(KILLED);
+        }
+    }
+
+    /// The container with this id.
+    pub(crate) fn container(&self, id: &str) -> Result<Rc<Container>, Error> {
+        let container = self.containers.borrow().get(id).cloned();
+        container.ok_or_else(|| Error::NoSuchContainer { id: id.to_owned() })
+    }
+
+    /// Creates a container whose directory and record are there.
+    pub(crate) async fn create(&self, id: &str, new: NewContainer) -> Result<Response, Error> {
+        if self.containers.borrow().contains_key(id) {
+            return Err(Error::IdTaken { id: id.to_owned() });
+        }
+        self.creating.set(self.creating.get() + 1);
+        let created = self.create_counted(id, new).await;
+        self.creating.set(self.creating.get() - 1);
+        self.changed.send_replace(());
+        created
+    }
+
+    async fn create_counted(&self, id: &str, new: NewContainer) -> Result<Response, Error> {
+        let dir = self.dir.container(&ContainerId::new(id)?);
+        let record = dir.read()?.ok_or_else(|| Error::NoSuchContainer { id: id.to_owned() })?;
+        let gone = || Error::SandboxGone { id: id.to_owned() };
+        let stand_in = record.process.ok_or_else(gone)?;
+        let origin = PathBuf::from(format!("/proc/{}/ns/mnt", stand_in.pid));
+        let share = self.dir.share();
+        storage::attach(&new.files, &share, &origin, &mut self.ledger.borrow_mut())?;
+        let made = self.create_in_guest(id, new).await;
+        if made.is_err() {
+            // The first error is the one to tell.
+            drop(storage::detach(id, &share));
+        }
+        let tokens = made?.into();
+        let cgroup = (!record.cgroups.is_empty()).then(|| Cgroup::of_process(stand_in.pid));
+        let cgroup = cgroup.transpose()?;
+        let container = Rc::new(Container::new(dir, record, cgroup));
+        container.set_status(Status::Created)?;
+        self.containers.borrow_mut().insert(id.to_owned(), container);
+        self.orphan.take();
+        let mut phases = self.phases.take();
+        if !phases.is_empty() {
+            let created = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+            phases.push(("created".to_owned(), created));
+        }
+        info!(container = id, ?phases, "container created");
+        Ok(Response::Process { exec: String::new(), tokens, vsock: self.vsock.clone(), phases })
+    }
+
+    async fn create_in_guest(
+        &self,
+        id: &str,
+        new: NewContainer,
+    ) -> Result<wire::ProcessCreated, Error> {
+        self.rescan_network().await?;
+        let request = wire::CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec_json: new.spec.into_bytes(),
+            streams: Some(streams(new.streams)).into(),
+            tty_size: new.size.map(tty_size).into(),
+            ..Default::default()
+        };
+        self.agent.create(request).await
+    }
+
+    /// Makes the guest's interfaces those that the network namespace has now.
+    pub(crate) async fn rescan_network(&self) -> Result<(), Error> {
+        let one = self.scanning.acquire().await;
+        let now = network::scan()?;
+        let difference = network::difference(&self.network.borrow(), &now);
+        for skipped in &now.skipped {
+            info!(link = skipped.name, reason = skipped.reason, "link stays on the host");
+        }
+        for link in &difference.removed {
+            self.ask_vm(|answer| VmRequest::Detach(link.device_id(), answer)).await?;
+            network::detach(link)?;
+        }
+        for link in &difference.added {
+            let device = network::attach(link, &self.netns, &mut self.ledger.borrow_mut())?;
+            self.ask_vm(|answer| VmRequest::Attach(device, answer)).await?;
+        }
+        if difference.configuration {
+            self.agent.configure_network(now.request()).await?;
+            self.network.replace(now);
+        }
+        drop(one);
+        Ok(())
+    }
+
+    async fn ask_vm(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<(), Error>>) -> VmRequest,
+    ) -> Result<(), Error> {
+        let gone = || Error::SandboxGone { id: "this container".to_owned() };
+        let (answer, answered) = oneshot::channel();
+        self.vm.send(request(answer)).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+
+    /// Ends the machine.
+    pub(crate) async fn end(&self) {
+        // A receiver that is gone has ended the machine already.
+        drop(self.vm.send(VmRequest::Kill).await);
+    }
+
+    /// The host process that stands for a container has gone: so goes the container, with all it has here.
+    pub(crate) async fn let_go(&self, container: &Container) {
+        if container.status() != Status::Stopped {
+            info!(container = container.id(), "its stand-in is gone: killed");
+            self.kill(container).await;
+        }
+        let others: Vec<_> = {
+            let all = self.containers.borrow();
+            all.values().filter(|other| other.id() != container.id()).cloned().collect()
+        };
+        if let Some(other) = others.first() {
+            self.clear(container, other).await;
+            if container.is_disowned() {
+                settle(container.dir());
+            }
+        } else if container.is_disowned() {
+            self.orphan.replace(Some(container.dir().clone()));
+        }
+        self.containers.borrow_mut().remove(container.id());
+        self.changed.send_replace(());
+    }
+
+    async fn kill(&self, container: &Container) {
+        let killed = async {
+            self.agent.signal(container.signal_request("", SIGKILL, true)).await?;
+            self.agent.wait(container.id(), "").await
+        };
+        match tokio::time::timeout(END_TIMEOUT, killed).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => warn!(error = %Chain(&error), "the guest did not kill a container"),
+            Err(_) => warn!("the guest did not kill a container in time"),
+        }
+        container.ended(KILLED);
+    }
+
+    /// Takes from the guest and the share what a container that has ended had there, while others go on.
+    async fn clear(&self, container: &Container, other: &Container) {
+        let cleared = self.agent.remove(container.id()).await;
+        let cleared = cleared
+            .and_then(|()| Ok(storage::detach(container.id(), &self.dir.share())?))
+            .and_then(|()| self.move_to(container, other));
+        if let Err(error) = cleared {
+            warn!(error = %Chain(&error), container = container.id(), "not all of it is cleared");
+        }
+    }
+
+    /// Moves the machine's processes out of a cgroup that will be removed.
+    fn move_to(&self, from: &Container, to: &Container) -> Result<(), Error> {
+        let Some(cgroup) = to.cgroup().filter(|_| from.cgroups() == *self.cgroups.borrow()) else {
+            return Ok(());
+        };
+        for &pid in &self.pids {
+            cgroup.add(pid)?;
+        }
+        self.cgroups.replace(to.cgroups());
+        Ok(())
+    }
+
+    /// Waits until a container is no longer here.
+    pub(crate) async fn released(&self, id: &str) {
+        let mut changes = self.changes();
+        while self.containers.borrow().contains_key(id) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Which streams there are, as the agent is told.
+pub(crate) fn streams([stdin, stdout, stderr]: [bool; 3]) -> wire::Streams {
+    wire::Streams { stdin, stdout, stderr, ..Default::default() }
+}
+
+/// A terminal's rows and columns, as the agent is told.
+pub(crate) fn tty_size((rows, columns): (u16, u16)) -> wire::TtySize {
+    wire::TtySize { rows: rows.into(), columns: columns.into(), ..Default::default() }
+}
