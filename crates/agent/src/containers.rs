@@ -21,7 +21,7 @@ use crate::launch::{Control, launch};
 use crate::process::{Exit, Output, Process};
 use crate::reaper::Reaper;
 use crate::stdio::{self, End, Source, Streams};
-use crate::{spec, sys, watch};
+use crate::{shm, spec, sys, watch};
 
 /// How long killed processes may take to go, and paused ones to stop.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -59,6 +59,7 @@ impl Containers {
         spec::check_id(&id)?;
         let mut spec = spec::container(&request.spec_json)?;
         self.find_shared_namespaces(&mut spec)?;
+        shm::share(&mut spec)?;
         let spec = Arc::new(spec);
         if self.table().contains_key(&id) {
             return Err(Error::Exists { what: "container", id });

@@ -23,6 +23,7 @@ mod reaper;
 mod resources;
 mod resync;
 mod rpc;
+mod shm;
 mod spec;
 mod stats;
 mod stdio;

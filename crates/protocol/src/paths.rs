@@ -23,3 +23,12 @@ pub const NAMESPACE_OF: &str = "container:";
 pub fn namespace_of(container: &str) -> String {
     format!("{NAMESPACE_OF}{container}")
 }
+
+/// Below this the agent keeps the tmpfs file systems that containers share as their `/dev/shm`.
+pub const SHM: &str = "/run/kata/shm";
+
+/// The source of a tmpfs mount in a guest's spec that all containers which name it share.
+#[must_use]
+pub fn shm(name: u64) -> String {
+    format!("{SHM}/{name:016x}")
+}

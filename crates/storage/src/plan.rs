@@ -1,6 +1,7 @@
 //! Decides what is shared, and how the guest's mounts read. Pure, but for the probe.
 
 use std::ffi::OsStr;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -162,7 +163,7 @@ impl Mount<'_> {
             return Err(self.wrong(format!("source {path} does not exist")));
         }
         if self.destination == Path::new(SHM) && source.tmpfs_size.is_some() {
-            plan.guest_mounts.push(self.shm(source.tmpfs_size.unwrap_or(0)));
+            plan.guest_mounts.push(self.shm(&source.path, source.tmpfs_size.unwrap_or(0)));
             return Ok(());
         }
         if is_guests_own(source) {
@@ -243,7 +244,11 @@ impl Mount<'_> {
     }
 
     /// The host's tmpfs on /dev/shm is a few pages of the host's memory; the guest's own is as large and faster.
-    fn shm(&self, size: u64) -> oci::Mount {
+    /// A tmpfs of the guest's: memory that is shared by mapping it must be of one kernel. Containers of one sandbox that
+    /// bind the same directory of the host, as those of a pod do, share one tmpfs.
+    fn shm(&self, source: &Path, size: u64) -> oci::Mount {
+        let mut name = DefaultHasher::new();
+        source.hash(&mut name);
         let mut options: Vec<_> =
             ["nosuid", "noexec", "nodev", "mode=1777"].map(str::to_owned).to_vec();
         options.push(format!("size={size}"));
@@ -251,7 +256,7 @@ impl Mount<'_> {
             options.push("ro".to_owned());
         }
         let mut mount = self.mount.clone();
-        mount.set_source(Some("shm".into())).set_typ(Some("tmpfs".to_owned()));
+        mount.set_source(Some(paths::shm(name.finish()).into())).set_typ(Some("tmpfs".to_owned()));
         mount.set_options(Some(options));
         mount
     }

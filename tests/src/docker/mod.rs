@@ -3,6 +3,7 @@
 mod lifecycle;
 mod limits;
 mod network;
+mod shared;
 mod storage;
 
 use std::path::PathBuf;
@@ -125,8 +126,8 @@ impl Drop for Running<'_> {
 
 /// Runs the suite.
 pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
-    let all: [&[Case<Docker>]; 4] =
-        [lifecycle::CASES, network::CASES, storage::CASES, limits::CASES];
+    let all: [&[Case<Docker>]; 5] =
+        [lifecycle::CASES, network::CASES, shared::CASES, storage::CASES, limits::CASES];
     if bench.list || !all.iter().any(|cases| bench.wants(cases)) {
         for cases in all {
             bench.list_cases(SUITE, cases, report);
