@@ -11,6 +11,7 @@ pub mod link;
 pub mod mount;
 pub mod namespace;
 pub mod netlink;
+pub mod nftables;
 pub mod process;
 pub mod pty;
 pub mod signal;

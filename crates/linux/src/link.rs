@@ -160,23 +160,87 @@ fn unless_gone(outcome: io::Result<()>) -> io::Result<()> {
 ///
 /// What rtnetlink answers: ENOENT where the kernel has no `cls_u32` or `act_mirred`.
 pub fn redirect(from: u32, to: u32) -> io::Result<()> {
+    const TC_ACT_STOLEN: i32 = 4;
+    const TCA_EGRESS_REDIR: i32 = 1;
+    const ETH_P_ALL: u16 = 3;
+    // A key that looks at no bit.
+    let all = [Key { offset: 0, mask: 0, value: 0 }];
+    let action = mirred(TCA_EGRESS_REDIR, TC_ACT_STOLEN, to);
+    filter(from, (LAST, ETH_P_ALL), &all, Some(&action))
+}
+
+/// Lets this namespace's own stack have, of what comes in by the link `from` that [`redirect`] sends to `to`, the answers
+/// of DNS servers (IPv4, port 53) to its own ports from `first_port` on, and a copy of each ARP answer.
+///
+/// `first_port` is a power of two less than 65536 subtracted from 65536, so that a mask can tell its range.
+///
+/// # Errors
+///
+/// As for [`redirect`].
+pub fn keep_dns_answers(from: u32, to: u32, first_port: u16) -> io::Result<()> {
+    const TC_ACT_OK: i32 = 0;
+    const TCA_EGRESS_MIRROR: i32 = 2;
+    const ETH_P_ARP: u16 = 0x0806;
+    const ETH_P_IP: u16 = 0x0800;
+    const ARP_REPLY: u32 = 2;
+    const DNS: u32 = 53;
+    const PROTOCOLS: [u32; 2] = [6, 17];
+    let reply = [Key { offset: 4, mask: 0xffff, value: ARP_REPLY }];
+    let copy = mirred(TCA_EGRESS_MIRROR, TC_ACT_OK, to);
+    filter(from, (1, ETH_P_ARP), &reply, Some(&copy))?;
+    for protocol in PROTOCOLS {
+        let answer = [
+            // Version 4, a header of five words: the ports are behind it.
+            Key { offset: 0, mask: 0xff00_0000, value: 0x4500_0000 },
+            // No later fragment, which has no ports.
+            Key { offset: 4, mask: 0x1fff, value: 0 },
+            Key { offset: 8, mask: 0x00ff_0000, value: protocol << 16 },
+            Key {
+                offset: 20,
+                mask: 0xffff_0000 | u32::from(first_port),
+                value: DNS << 16 | u32::from(first_port),
+            },
+        ];
+        // Without an action a filter that matches lets the frame through.
+        filter(from, (2, ETH_P_IP), &answer, None)?;
+    }
+    Ok(())
+}
+
+/// The priority of the filter that takes what no other does.
+const LAST: u32 = 10;
+
+/// What a 32-bit word of the network header must be, in the bits of the mask.
+struct Key {
+    offset: i32,
+    mask: u32,
+    value: u32,
+}
+
+/// Adds a filter to a link's ingress qdisc.
+fn filter(
+    index: u32,
+    (priority, protocol): (u32, u16),
+    keys: &[Key],
+    mirred: Option<&[u8; 28]>,
+) -> io::Result<()> {
     const TCA_U32_SEL: u16 = 5;
     const TCA_U32_ACT: u16 = 7;
     const FIRST_ACTION: u16 = 1;
     const TCA_ACT_KIND: u16 = 1;
     const TCA_ACT_OPTIONS: u16 = 2;
     const TCA_MIRRED_PARMS: u16 = 2;
-    const PRIORITY: u32 = 1;
-    const ETH_P_ALL: u16 = 3;
 
-    let info = PRIORITY << 16 | u32::from(ETH_P_ALL.to_be());
-    let fixed = traffic(from, 0, INGRESS_HANDLE, info);
+    let info = priority << 16 | u32::from(protocol.to_be());
+    let fixed = traffic(index, 0, INGRESS_HANDLE, info);
     let mut message = Message::new(RTM_NEWTFILTER, netlink::CREATE, &fixed);
     message.string(TCA_KIND, "u32").nested(TCA_OPTIONS, |options| {
-        options.attribute(TCA_U32_SEL, &match_all()).nested(TCA_U32_ACT, |actions| {
+        options.attribute(TCA_U32_SEL, &selector(keys));
+        let Some(parameters) = mirred else { return };
+        options.nested(TCA_U32_ACT, |actions| {
             actions.nested(FIRST_ACTION, |action| {
                 action.string(TCA_ACT_KIND, "mirred").nested(TCA_ACT_OPTIONS, |options| {
-                    options.attribute(TCA_MIRRED_PARMS, &redirect_to(to));
+                    options.attribute(TCA_MIRRED_PARMS, parameters);
                 });
             });
         });
@@ -184,23 +248,27 @@ pub fn redirect(from: u32, to: u32) -> io::Result<()> {
     Socket::open()?.request(&message)
 }
 
-/// `struct tc_u32_sel` with one key that matches whatever is at offset 0.
-fn match_all() -> [u8; 32] {
+/// `struct tc_u32_sel`.
+fn selector(keys: &[Key]) -> Vec<u8> {
     const TC_U32_TERMINAL: u8 = 1;
-    let mut selector = [0; 32];
+    let mut selector = vec![0; 16];
     selector[0] = TC_U32_TERMINAL;
-    // The number of keys. The key itself is 16 bytes of zeros: no bit is looked at.
-    selector[2] = 1;
+    selector[2] = u8::try_from(keys.len()).unwrap_or(u8::MAX);
+    for key in keys {
+        selector.extend(key.mask.to_be_bytes());
+        selector.extend(key.value.to_be_bytes());
+        selector.extend(key.offset.to_ne_bytes());
+        // No further offset that the frame itself would tell.
+        selector.extend([0; 4]);
+    }
     selector
 }
 
 /// `struct tc_mirred`.
-fn redirect_to(to: u32) -> [u8; 28] {
-    const TC_ACT_STOLEN: i32 = 4;
-    const TCA_EGRESS_REDIR: i32 = 1;
+fn mirred(how: i32, then: i32, to: u32) -> [u8; 28] {
     let mut parameters = [0; 28];
-    parameters[8..12].copy_from_slice(&TC_ACT_STOLEN.to_ne_bytes());
-    parameters[20..24].copy_from_slice(&TCA_EGRESS_REDIR.to_ne_bytes());
+    parameters[8..12].copy_from_slice(&then.to_ne_bytes());
+    parameters[20..24].copy_from_slice(&how.to_ne_bytes());
     parameters[24..].copy_from_slice(&to.to_ne_bytes());
     parameters
 }

@@ -1,4 +1,4 @@
-//! Requests to the kernel's rtnetlink, netlink(7) and rtnetlink(7): one socket, one request at a time.
+//! Requests to the kernel's rtnetlink and nfnetlink, netlink(7) and rtnetlink(7): one socket, one request at a time.
 //!
 //! Only the frame is here: messages and attributes as bytes. What is in them is for those who know it.
 
@@ -9,7 +9,8 @@ use std::time::Duration;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, send, socket_with,
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, send,
+    socket_with,
 };
 
 /// The flag of a request that makes something: fail where it is there, make it where it is not.
@@ -43,7 +44,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// A message of type `kind` (`RTM_…`) with that fixed part; `flags` is 0 or [`CREATE`].
+    /// A message of type `kind` (`RTM_…`) with that fixed part; `flags` are those of its kind: 0 or [`CREATE`] mostly.
     #[must_use]
     pub fn new(kind: u16, flags: u16, fixed: &[u8]) -> Self {
         Self { kind, flags, body: fixed.to_vec() }
@@ -69,6 +70,11 @@ impl Message {
         let mut inside = Self::new(0, 0, &[]);
         fill(&mut inside);
         self.attribute(kind, &inside.body)
+    }
+
+    /// All but the header.
+    pub(crate) fn body(&self) -> &[u8] {
+        &self.body
     }
 
     fn bytes(&self, flags: u16, sequence: u32) -> Vec<u8> {
@@ -163,7 +169,21 @@ impl Socket {
     /// What socket(2) says.
     pub fn open() -> io::Result<Self> {
         // The protocol NETLINK_ROUTE is 0, which `None` stands for.
-        let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+        Self::of_protocol(None)
+    }
+
+    /// Opens one to the packet filter: `Documentation/netlink/specs/nftables.yaml`.
+    ///
+    /// # Errors
+    ///
+    /// What socket(2) says: EPROTONOSUPPORT where the kernel has no nfnetlink.
+    pub(crate) fn netfilter() -> io::Result<Self> {
+        Self::of_protocol(Some(rustix::net::netlink::NETFILTER))
+    }
+
+    fn of_protocol(protocol: Option<Protocol>) -> io::Result<Self> {
+        let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);
+        let fd = socket_with(family, kind, SocketFlags::CLOEXEC, protocol)?;
         bind(&fd, &SocketAddrNetlink::new(0, 0))?;
         set_socket_timeout(&fd, Timeout::Recv, Some(DEADLINE))?;
         Ok(Self { fd, sequence: 0 })
@@ -199,6 +219,47 @@ impl Socket {
             }
         }
         Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    /// Sends messages that are done together or not at all, and waits for the acknowledgement of the last. `begin` and
+    /// `end` are what the kernel wants around them, and does not acknowledge.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers to the first that it refuses.
+    pub(crate) fn batch(
+        &mut self,
+        begin: &Message,
+        messages: &[Message],
+        end: &Message,
+    ) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        let mut put = |message: &Message, flags: u16| {
+            self.sequence += 1;
+            bytes.extend(message.bytes(FLAG_REQUEST | flags, self.sequence));
+            self.sequence
+        };
+        let first = put(begin, 0);
+        let mut last = first;
+        for message in messages {
+            last = put(message, FLAG_ACK);
+        }
+        put(end, 0);
+        send(&self.fd, &bytes, SendFlags::empty())?;
+        let mut buffer = vec![0; LONGEST];
+        loop {
+            let (length, _) = recv(&self.fd, &mut buffer[..], RecvFlags::empty())?;
+            let mut rest = &buffer[..length];
+            while let Some(answer) = Answer::parse(&mut rest) {
+                if answer.kind != TYPE_ERROR || !(first..=last).contains(&answer.sequence) {
+                    continue;
+                }
+                answer.outcome()?;
+                if answer.sequence == last {
+                    return Ok(());
+                }
+            }
+        }
     }
 
     fn send(&mut self, message: &Message, flags: u16) -> io::Result<()> {

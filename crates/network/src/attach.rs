@@ -1,5 +1,6 @@
 //! Puts a tap beside a link, and takes it away.
 
+use std::fs;
 use std::io;
 use std::path::Path;
 
@@ -63,6 +64,27 @@ pub fn attach(link: &Link, netns: &Path, ledger: &mut Ledger) -> Result<Device, 
         return Err(failed(link, error));
     }
     Ok(Device::Network { id: link.device_id(), mac: link.mac, mtu, tap: vec![tap.into()] })
+}
+
+/// The first of the ports from which the namespace's own sockets may ask DNS servers; see [`share_dns`].
+const FIRST_OWN_PORT: u16 = 64_512;
+
+/// Lets the namespace's own sockets ask DNS servers behind a link that is attached, as Docker's resolver does, which
+/// listens in the namespace for the guest: they get ports that no guest's kernel gives its own, and the answers to those
+/// ports are theirs. IPv4.
+///
+/// # Errors
+///
+/// [`Error::Kernel`], [`Error::Gone`].
+pub fn share_dns(link: &Link) -> Result<(), Error> {
+    const PORTS: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+    is_still_there(link)?;
+    let tap_name = tap_name(link);
+    let tap = link::index(&tap_name).map_err(kernel(format!("find the tap {tap_name}")))?;
+    let Some(tap) = tap else { return Err(Error::Gone { name: link.name().to_owned() }) };
+    fs::write(PORTS, format!("{FIRST_OWN_PORT} {}", u16::MAX))
+        .map_err(kernel(format!("write {PORTS}")))?;
+    link::keep_dns_answers(link.index, tap, FIRST_OWN_PORT).map_err(|error| failed(link, error))
 }
 
 /// Undoes [`attach`], after the hypervisor has let the device go. What is not there any more is a success.

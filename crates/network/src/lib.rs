@@ -24,7 +24,7 @@ use std::io;
 
 use protocol::agent::{ConfigureNetworkRequest, Interface, Neighbor, Route};
 
-pub use attach::{attach, detach};
+pub use attach::{attach, detach, share_dns};
 pub use difference::{Difference, difference};
 pub use scan::scan;
 

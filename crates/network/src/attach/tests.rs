@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -15,7 +15,7 @@ use linux::process::Command;
 use linux::{link, namespace, tap};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{attach, detach};
+use super::{attach, detach, share_dns};
 use crate::{Error, Link, Network, scan};
 
 const MAC: &str = "02:42:0a:09:00:02";
@@ -299,6 +299,33 @@ fn forward(one: &File, other: &File, stop: &impl std::os::fd::AsFd) -> usize {
             }
         }
     }
+}
+
+#[test]
+fn the_namespaces_own_sockets_hear_dns_servers_and_nobody_else_behind_an_attached_link() {
+    const DEADLINE: Duration = Duration::from_secs(20);
+    let Some(fixture) = Fixture::new() else { return };
+    let eth0 = fixture.eth0();
+    let _tap = fixture.attach(&eth0).unwrap();
+    fixture.inside("container", || Ok::<_, Wrapped>(share_dns(&eth0)?)).unwrap();
+
+    let server = fixture.inside("outside", || UdpSocket::bind("10.9.0.1:53")).unwrap();
+    server.set_read_timeout(Some(DEADLINE)).unwrap();
+    let client = fixture.inside("container", || UdpSocket::bind("10.9.0.2:0")).unwrap();
+    client.set_read_timeout(Some(DEADLINE)).unwrap();
+    client.send_to(b"question", "10.9.0.1:53").unwrap();
+    let mut text = [0; 16];
+    let (_, asker) = server.recv_from(&mut text).unwrap();
+    // What comes from another port is the guest's, as is what goes to a port of the guest's.
+    let other = fixture.inside("outside", || UdpSocket::bind("10.9.0.1:54")).unwrap();
+    other.send_to(b"intruder", asker).unwrap();
+    server.send_to(b"answer", asker).unwrap();
+    let (length, _) = client.recv_from(&mut text).unwrap();
+    assert_eq!(&text[..length], b"answer");
+
+    let listener = fixture.inside("outside", || TcpListener::bind("10.9.0.1:53")).unwrap();
+    let server = listener.local_addr().unwrap();
+    fixture.inside("container", || TcpStream::connect_timeout(&server, DEADLINE)).unwrap();
 }
 
 #[test]
