@@ -19,7 +19,7 @@ use crate::containers::Containers;
 use crate::error::{Doing, Error};
 use crate::reaper::Reaper;
 use crate::stdio::Streams;
-use crate::{cgroup, console, network, rpc, uevent};
+use crate::{cgroup, console, loopback, network, rpc, uevent};
 
 /// The modules to load: an absolute path a line, in order.
 const MODULES: &str = "/etc/kata/modules";
@@ -64,6 +64,7 @@ async fn serve(started: Duration) -> Result<(), Error> {
     let reaping = reaper.start()?;
     let streams = Arc::new(Streams::default());
     let listening = streams.listen()?;
+    let bridging = loopback::serve()?;
     let containers = Arc::new(Containers::new(reaper, Arc::clone(&streams)));
     let events = uevent::Events::open()?;
     let server = rpc::serve(containers, started).await?;
@@ -71,6 +72,7 @@ async fn serve(started: Duration) -> Result<(), Error> {
     let error = tokio::select! {
         ended = reaping => ("reap processes", ended),
         ended = listening => ("take streams", ended),
+        ended = bridging => ("take streams to the loopback", ended),
     };
     drop(server);
     let (action, ended) = error;

@@ -24,7 +24,8 @@ pub(crate) fn prepare() -> Result<(), Error> {
     enable_controllers(&parent)
 }
 
-fn parent() -> PathBuf {
+/// The cgroup of all containers.
+pub(crate) fn parent() -> PathBuf {
     Path::new(ROOT).join(paths::CGROUP.trim_start_matches('/'))
 }
 

@@ -136,9 +136,10 @@ impl Test {
 
 // eBPF's instruction set: opcode, registers, offset and immediate value in one little-endian word.
 
-const EXIT: u64 = 0x95;
+pub(crate) const EXIT: u64 = 0x95;
 
-fn instruction(opcode: u8, target: u8, source: u8, offset: i16, value: u32) -> u64 {
+/// One instruction.
+pub(crate) fn instruction(opcode: u8, target: u8, source: u8, offset: i16, value: u32) -> u64 {
     let registers = target | source << 4;
     let [low, high] = offset.to_le_bytes();
     let [a, b, c, d] = value.to_le_bytes();
@@ -158,7 +159,8 @@ fn shift_right(target: u8, bits: u32) -> u64 {
     instruction(0x74, target, 0, 0, bits)
 }
 
-fn move_value(target: u8, value: u32) -> u64 {
+/// The register, as 32 bits, becomes `value`.
+pub(crate) fn move_value(target: u8, value: u32) -> u64 {
     instruction(0xb4, target, 0, 0, value)
 }
 

@@ -17,6 +17,7 @@ mod error;
 mod filesystem;
 mod init;
 mod launch;
+mod loopback;
 mod network;
 mod process;
 mod reaper;

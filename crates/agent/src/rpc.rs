@@ -12,19 +12,22 @@ use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
 
 use crate::containers::Containers;
 use crate::error::Error;
+use crate::loopback::Loopback;
 use crate::{boot, filesystem, network, resync, since_boot, spec, stats};
 
 /// What the service needs.
 #[derive(Debug)]
 struct Service {
     containers: Arc<Containers>,
+    loopback: Loopback,
     started: Duration,
     ready: Duration,
 }
 
 /// Serves, until the returned server is dropped.
 pub(crate) async fn serve(containers: Arc<Containers>, started: Duration) -> Result<Server, Error> {
-    let service = Service { containers, started, ready: since_boot() };
+    let loopback = Loopback::default();
+    let service = Service { containers, loopback, started, ready: since_boot() };
     let serving = async {
         let mut server = Server::new()
             .bind(&format!("vsock://-1:{CONTROL_PORT}"))?
@@ -86,6 +89,14 @@ impl agent_ttrpc::Agent for Service {
         request: agent::ConfigureNetworkRequest,
     ) -> ttrpc::Result<Empty> {
         done(Ok(whole(network::configure(request)).await?))
+    }
+
+    async fn bridge_loopback(
+        &self,
+        _: &TtrpcContext,
+        request: agent::BridgeLoopbackRequest,
+    ) -> ttrpc::Result<Empty> {
+        done(self.loopback.bridge(&request))
     }
 
     async fn mount(&self, _: &TtrpcContext, request: agent::MountRequest) -> ttrpc::Result<Empty> {

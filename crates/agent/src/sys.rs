@@ -140,13 +140,16 @@ struct ProgramLoad {
     log: u64,
     kernel_version: u32,
     flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    place: u32,
 }
 
 #[repr(C)]
 struct ProgramAttach {
     target: u32,
     program: u32,
-    kind: u32,
+    place: u32,
     flags: u32,
     replaced: u32,
 }
@@ -154,6 +157,7 @@ struct ProgramAttach {
 const BPF_PROG_LOAD: u32 = 5;
 const BPF_PROG_ATTACH: u32 = 8;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
@@ -163,9 +167,33 @@ const BPF_F_ALLOW_MULTI: u32 = 2;
 ///
 /// What bpf(2) says.
 pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, instructions: &[u64]) -> io::Result<()> {
+    attach_program(cgroup, BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE, instructions)
+}
+
+/// Loads a program of eBPF `instructions` that changes the addresses of sockets, and attaches it to a cgroup at `place`, a
+/// `BPF_CGROUP_…` of bpf(2).
+///
+/// # Errors
+///
+/// What bpf(2) says.
+pub(crate) fn attach_address_program(
+    cgroup: BorrowedFd<'_>,
+    place: u32,
+    instructions: &[u64],
+) -> io::Result<()> {
+    attach_program(cgroup, BPF_PROG_TYPE_CGROUP_SOCK_ADDR, place, instructions)
+}
+
+fn attach_program(
+    cgroup: BorrowedFd<'_>,
+    kind: u32,
+    place: u32,
+    instructions: &[u64],
+) -> io::Result<()> {
     let license = c"Apache-2.0";
     let load = ProgramLoad {
-        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
+        kind,
+        place,
         instruction_count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
         instructions: instructions.as_ptr().expose_provenance() as u64,
         license: license.as_ptr().expose_provenance() as u64,
@@ -185,7 +213,7 @@ pub(crate) fn attach_device_filter(cgroup: BorrowedFd<'_>, instructions: &[u64])
     let attach = ProgramAttach {
         target: raw(cgroup.as_raw_fd()),
         program: raw(program.as_raw_fd()),
-        kind: BPF_CGROUP_DEVICE,
+        place,
         flags: BPF_F_ALLOW_MULTI,
         replaced: 0,
     };

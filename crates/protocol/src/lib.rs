@@ -7,6 +7,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod loopback;
 pub mod paths;
 
 /// The messages of `agent.proto`.
@@ -37,6 +38,9 @@ pub const STREAM_PORT: u32 = 1025;
 
 /// The host's port that the agent connects to once, to say that it is listening.
 pub const READY_PORT: u32 = 1026;
+
+/// The port of raw streams to the other side's loopback, in the guest as on the host: see [`loopback`].
+pub const LOOPBACK_PORT: u32 = 1027;
 
 /// What a raw stream starts with: who opens it proves by these bytes that the agent told it of the stream.
 pub type Token = [u8; 16];

@@ -93,6 +93,15 @@ impl Agent {
         Ok(())
     }
 
+    pub(crate) async fn bridge_loopback(
+        &self,
+        request: wire::BridgeLoopbackRequest,
+    ) -> Result<(), Error> {
+        let call = self.client.bridge_loopback(self.context(), &request);
+        self.told("bridge its loopback", call).await?;
+        Ok(())
+    }
+
     pub(crate) async fn mount(&self, request: wire::MountRequest) -> Result<(), Error> {
         self.told("mount", self.client.mount(self.context(), &request)).await?;
         Ok(())

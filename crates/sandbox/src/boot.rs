@@ -29,6 +29,8 @@ pub(crate) struct Booted {
     pub(crate) ledger: Ledger,
     pub(crate) vm: Box<dyn Vm>,
     pub(crate) agent: Agent,
+    /// What the guest opens to the host's loopback.
+    pub(crate) loopback: mpsc::Receiver<GuestStream>,
     pub(crate) began: Instant,
     /// What took how long until then, in milliseconds since the sandbox process began.
     pub(crate) phases: Vec<(String, u64)>,
@@ -50,6 +52,7 @@ pub(crate) async fn boot(prepared: Prepared) -> Result<Booted, Error> {
     let (mut vm, origin) =
         template::machine(driver.as_ref(), &spec, config, &machine, &mut ledger).await?;
     let mut ready = vm.listen(Port(protocol::READY_PORT)).await?;
+    let loopback = vm.listen(Port(protocol::LOOPBACK_PORT)).await?;
     vm.boot().await?;
     let launched = began.elapsed();
     let agent = connect(vm.as_ref(), &mut ready, config, &machine).await?;
@@ -69,7 +72,7 @@ pub(crate) async fn boot(prepared: Prepared) -> Result<Booted, Error> {
         .into();
     let kernel = crate::error::from_guest(&hello.kernel_release);
     info!(?origin, kernel, ?phases, "the machine is ready");
-    Ok(Booted { launch, ledger, vm, agent, began, phases })
+    Ok(Booted { launch, ledger, vm, agent, loopback, began, phases })
 }
 
 /// The machine for a container with these limits.

@@ -39,10 +39,8 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn new(booted: Booted, control: UnixListener) -> Self {
-        let Booted { launch, ledger, vm, agent, began, phases } = booted;
         let (vm_requests, vm_orders) = mpsc::channel(4);
-        let sandbox =
-            Sandbox::new(launch, ledger, agent, vm.as_ref(), vm_requests, (began, phases));
+        let (sandbox, vm) = Sandbox::new(booted, vm_requests);
         Self { sandbox: Rc::new(sandbox), vm, vm_orders, control }
     }
 

@@ -12,17 +12,18 @@ use std::time::{Duration, Instant};
 use hypervisor::{Device, Vm, VsockAddress};
 use linux::cgroup::Cgroup;
 use linux::ledger::Ledger;
-use network::Network;
 use protocol::agent as wire;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::agent::Agent;
+use crate::boot::Booted;
 use crate::config::SandboxConfig;
 use crate::container::Container;
 use crate::control::{NewContainer, Response};
 use crate::error::{Chain, Error};
-use crate::launch::Launch;
+use crate::interfaces::Interfaces;
+use crate::loopback::Loopback;
 use crate::operations::settle;
 use crate::state::{ContainerDir, ContainerId, VmDir};
 use crate::status::Status;
@@ -53,11 +54,8 @@ pub(crate) struct Sandbox {
     pub(crate) config: SandboxConfig,
     dir: VmDir,
     vm: mpsc::Sender<VmRequest>,
-    netns: PathBuf,
-    ledger: RefCell<Ledger>,
-    network: RefCell<Network>,
-    /// One at a time looks at the interfaces and changes the guest's.
-    scanning: Semaphore,
+    pub(crate) ledger: RefCell<Ledger>,
+    pub(crate) interfaces: Interfaces,
     containers: RefCell<HashMap<String, Rc<Container>>>,
     creating: Cell<usize>,
     changed: watch::Sender<()>,
@@ -71,29 +69,22 @@ pub(crate) struct Sandbox {
 }
 
 impl Sandbox {
-    pub(crate) fn new(
-        launch: Launch,
-        ledger: Ledger,
-        agent: Agent,
-        vm: &dyn Vm,
-        requests: mpsc::Sender<VmRequest>,
-        (began, phases): (Instant, Vec<(String, u64)>),
-    ) -> Self {
+    /// The sandbox of a machine that has booted; the machine is the caller's, who does what comes by `vm_requests`.
+    pub(crate) fn new(booted: Booted, vm_requests: mpsc::Sender<VmRequest>) -> (Self, Box<dyn Vm>) {
+        let Booted { launch, ledger, vm, agent, loopback, began, phases } = booted;
         let processes = vm.processes();
         let mut pids = vec![std::process::id(), processes.hypervisor];
         pids.extend(processes.devices);
         // Until a container was created, the one it was made for is to be removed with it.
         let orphan = ContainerId::new(&launch.id).ok().map(|id| launch.vm.container(&id));
-        Self {
+        let sandbox = Self {
             agent,
             vsock: vm.vsock(),
             config: launch.config.sandbox,
             dir: launch.vm,
-            vm: requests,
-            netns: launch.netns,
+            vm: vm_requests,
             ledger: RefCell::new(ledger),
-            network: RefCell::new(Network::default()),
-            scanning: Semaphore::new(1),
+            interfaces: Interfaces::new(launch.netns, Loopback::new(loopback, vm.vsock())),
             containers: RefCell::default(),
             creating: Cell::new(0),
             changed: watch::Sender::default(),
@@ -102,7 +93,8 @@ impl Sandbox {
             began,
             phases: RefCell::new(phases),
             orphan: RefCell::new(orphan),
-        }
+        };
+        (sandbox, vm)
     }
 
     /// Whether no container is in it, nor is about to be.
@@ -190,31 +182,8 @@ impl Sandbox {
         self.agent.create(request).await
     }
 
-    /// Makes the guest's interfaces those that the network namespace has now.
-    pub(crate) async fn rescan_network(&self) -> Result<(), Error> {
-        let one = self.scanning.acquire().await;
-        let now = network::scan()?;
-        let difference = network::difference(&self.network.borrow(), &now);
-        for skipped in &now.skipped {
-            info!(link = skipped.name, reason = skipped.reason, "link stays on the host");
-        }
-        for link in &difference.removed {
-            self.ask_vm(|answer| VmRequest::Detach(link.device_id(), answer)).await?;
-            network::detach(link)?;
-        }
-        for link in &difference.added {
-            let device = network::attach(link, &self.netns, &mut self.ledger.borrow_mut())?;
-            self.ask_vm(|answer| VmRequest::Attach(device, answer)).await?;
-        }
-        if difference.configuration {
-            self.agent.configure_network(now.request()).await?;
-            self.network.replace(now);
-        }
-        drop(one);
-        Ok(())
-    }
-
-    async fn ask_vm(
+    /// Asks the machine's owner, and waits until it is done.
+    pub(crate) async fn ask_vm(
         &self,
         request: impl FnOnce(oneshot::Sender<Result<(), Error>>) -> VmRequest,
     ) -> Result<(), Error> {

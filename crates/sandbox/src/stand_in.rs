@@ -26,6 +26,9 @@ use crate::stdio::Stdio;
 /// How a process exits whose sandbox has gone: 128 + SIGKILL.
 const KILLED: u8 = 137;
 
+/// The index of `lo`, in every network namespace.
+const LOOPBACK: u32 = 1;
+
 /// Runs the stand-in whose order comes over `channel`, until its process has ended. Answers the exit code for this
 /// process.
 #[must_use]
@@ -67,6 +70,7 @@ fn join_namespaces(init: &Init) -> Result<(), Error> {
             linux::namespace::enter(path).map_err(Error::host("enter network namespace", path))?;
         }
         None => linux::namespace::unshare_network()
+            .and_then(|()| linux::link::bring_up(LOOPBACK))
             .map_err(Error::host("create", "a network namespace"))?,
     }
     linux::namespace::unshare_mounts().map_err(Error::host("create", "a mount namespace"))
