@@ -107,6 +107,11 @@ impl Docker {
             .args(["sh", "-c", line])
     }
 
+    /// A path to the network namespace of the daemon.
+    pub fn netns(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.netns.0)
+    }
+
     /// A program to be started in the network namespace of the daemon.
     pub fn host_command(&self, program: &str) -> Command {
         inside(Some(&self.netns.0), program)

@@ -2,6 +2,7 @@
 
 mod lifecycle;
 mod limits;
+mod names;
 mod network;
 mod shared;
 mod storage;
@@ -71,6 +72,11 @@ impl Docker {
         self.daemon.host(line)
     }
 
+    /// The network namespace of the daemon.
+    pub(crate) fn host_netns(&self) -> PathBuf {
+        self.daemon.netns()
+    }
+
     /// A name that no other container or network has.
     pub(crate) fn name(&self, word: &str) -> String {
         format!("{}-{word}", self.mark)
@@ -126,8 +132,14 @@ impl Drop for Running<'_> {
 
 /// Runs the suite.
 pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
-    let all: [&[Case<Docker>]; 5] =
-        [lifecycle::CASES, network::CASES, shared::CASES, storage::CASES, limits::CASES];
+    let all: [&[Case<Docker>]; 6] = [
+        lifecycle::CASES,
+        network::CASES,
+        names::CASES,
+        shared::CASES,
+        storage::CASES,
+        limits::CASES,
+    ];
     if bench.list || !all.iter().any(|cases| bench.wants(cases)) {
         for cases in all {
             bench.list_cases(SUITE, cases, report);

@@ -4,6 +4,7 @@ mod bad;
 mod exec;
 mod inside;
 mod lifecycle;
+mod network;
 mod query;
 mod stdio;
 
@@ -59,7 +60,14 @@ pub(crate) fn run(bench: &Bench, report: &mut Report) {
     for runtime in &bench.runtimes {
         let mut oci =
             Oci { work: Rc::clone(&bench.work), runtime: runtime.clone(), shared: OnceCell::new() };
-        for cases in [lifecycle::CASES, query::CASES, inside::CASES, stdio::CASES, bad::CASES] {
+        for cases in [
+            lifecycle::CASES,
+            query::CASES,
+            inside::CASES,
+            network::CASES,
+            stdio::CASES,
+            bad::CASES,
+        ] {
             bench.cases(SUITE, &runtime.name, &oci, cases, report);
         }
         if bench.wants(exec::CASES) && !bench.list {
