@@ -185,6 +185,8 @@ fn settings() {
         ("/proc/sys/fs/inotify/max_user_watches", "1048576"),
         ("/proc/sys/vm/max_map_count", "262144"),
         ("/proc/sys/vm/overcommit_memory", "1"),
+        // Ourselves: see `modules`.
+        ("/proc/sys/kernel/modprobe", "/init"),
         ("/proc/sys/kernel/pid_max", "4194304"),
         ("/proc/sys/kernel/panic", "1"),
         ("/proc/sys/net/ipv4/ip_forward", "1"),

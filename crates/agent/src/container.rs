@@ -9,6 +9,7 @@ use crate::cgroup::Cgroup;
 use crate::error::Error;
 use crate::launch::Control;
 use crate::process::Process;
+use crate::sockets::Sockets;
 
 /// A container whose init is there.
 #[derive(Debug)]
@@ -19,6 +20,8 @@ pub(crate) struct Container {
     pub(crate) init: Arc<Process>,
     /// The line to its init, until that is started.
     control: Option<Control>,
+    /// Those of the host that it has mounted.
+    _sockets: Sockets,
     /// Nothing while an exec is being started.
     execs: HashMap<String, Option<Arc<Process>>>,
     paused: bool,
@@ -32,10 +35,12 @@ impl Container {
         cgroup: Cgroup,
         init: Arc<Process>,
         control: Control,
+        sockets: Sockets,
     ) -> Self {
         let id = id.to_owned();
         let control = Some(control);
-        Self { id, spec, cgroup, init, control, execs: HashMap::new(), paused: false }
+        let execs = HashMap::new();
+        Self { id, spec, cgroup, init, control, _sockets: sockets, execs, paused: false }
     }
 
     /// The line to its init, for the one who starts it.

@@ -20,6 +20,7 @@ use crate::init::request::{Request, Role};
 use crate::launch::{Control, launch};
 use crate::process::{Exit, Output, Process};
 use crate::reaper::Reaper;
+use crate::sockets::Sockets;
 use crate::stdio::{self, End, Source, Streams};
 use crate::{shm, spec, sys, watch};
 
@@ -108,6 +109,7 @@ impl Containers {
         request: &CreateContainerRequest,
     ) -> Result<(Container, ProcessCreated), Error> {
         let linux = spec.linux().as_ref();
+        let sockets = Sockets::listen(id, &request.sockets)?;
         let cgroup = Cgroup::create(id, linux.and_then(|linux| linux.resources().as_ref()))?;
         let process = spec.process().clone();
         let process =
@@ -124,7 +126,7 @@ impl Containers {
         match self.start_process(&wanted, "", &request.streams, &cgroup).await {
             Ok(started) => {
                 let Started { process, control, created } = started;
-                Ok((Container::new(id, spec, cgroup, process, control), created))
+                Ok((Container::new(id, spec, cgroup, process, control, sockets), created))
             }
             Err(error) => {
                 // What was made goes again; why it failed is what the host must hear.

@@ -1,9 +1,9 @@
 //! `kata-agent`: PID 1 of the guest, and its container runtime.
 //!
-//! The one binary has two roles. As PID 1 it brings the guest up and serves the `protocol` crate's Agent service
+//! The one binary has three roles. As PID 1 it brings the guest up and serves the `protocol` crate's Agent service
 //! on vsock. As `kata-agent container-init` it is the single-threaded process that PID 1 starts for each
 //! container and each exec, which becomes the user's program: cloning, changing namespaces and the like act on
-//! whole processes and must not happen in PID 1.
+//! whole processes and must not happen in PID 1. As the kernel's modprobe(8) it loads modules.
 
 #![deny(unsafe_code)]
 
@@ -18,6 +18,7 @@ mod filesystem;
 mod init;
 mod launch;
 mod loopback;
+mod modules;
 mod network;
 mod process;
 mod reaper;
@@ -25,6 +26,7 @@ mod resources;
 mod resync;
 mod rpc;
 mod shm;
+mod sockets;
 mod spec;
 mod stats;
 mod stdio;
@@ -45,6 +47,14 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["container-init", control, request] => init::main(control, request),
+        // In these words the kernel asks.
+        ["-q", "--", module] => match modules::load(module) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                console::err(&format!("kata-agent: {}", error.chain()));
+                ExitCode::FAILURE
+            }
+        },
         ["--version"] => {
             console::out(&format!("kata-agent {}", env!("CARGO_PKG_VERSION")));
             ExitCode::SUCCESS

@@ -1,16 +1,17 @@
 //! Puts an image together.
 
+use std::env;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::{env, iter};
 
 use crate::cpio::Tree;
 use crate::elf::Elf;
 use crate::error::host;
 use crate::kernel::Kernel;
+use crate::library::library;
 use crate::manifest::{self, Manifest, Part, sha256};
 use crate::modules::{self, Module, ModuleTree};
 use crate::package::{self, Package};
@@ -76,7 +77,7 @@ pub fn build(recipe: &Recipe) -> Result<Image, Error> {
         None => find_agent()?,
     };
     let agent = read_agent(&agent)?;
-    let (kernel, modules, package) = obtain(&recipe.kernel)?;
+    let Obtained { kernel, modules, library, package } = obtain(&recipe.kernel)?;
     let agent_sha256 = sha256(&agent);
     let initrd = initrd(agent, &modules, &recipe.overlays)?;
 
@@ -88,6 +89,7 @@ pub fn build(recipe: &Recipe) -> Result<Image, Error> {
         initrd: Part::of("initrd", &initrd),
         agent_sha256,
         modules: modules.into_iter().map(|module| module.name).collect(),
+        library: library.as_ref().map(|bytes| Part::of("modules", bytes)),
         package,
     };
     let directory = &recipe.output;
@@ -97,35 +99,55 @@ pub fn build(recipe: &Recipe) -> Result<Image, Error> {
     json.push(b'\n');
     put(directory, &manifest.kernel.file, &kernel.bytes)?;
     put(directory, &manifest.initrd.file, &initrd)?;
+    if let (Some(part), Some(bytes)) = (&manifest.library, &library) {
+        put(directory, &part.file, bytes)?;
+    }
     put(directory, MANIFEST, &json)?;
     remove_others(directory, &manifest)?;
     Image::open(directory)
 }
 
-fn obtain(source: &KernelSource) -> Result<(Kernel, Vec<Module>, Option<Package>), Error> {
+/// What a kernel's source has.
+struct Obtained {
+    kernel: Kernel,
+    /// For the initial file system.
+    modules: Vec<Module>,
+    library: Option<Vec<u8>>,
+    package: Option<Package>,
+}
+
+fn obtain(source: &KernelSource) -> Result<Obtained, Error> {
     let file = match source {
         KernelSource::Apt { cache } => package::download(cache)?,
         KernelSource::Package(file) => file.clone(),
         KernelSource::File { kernel, modules } => {
             let kernel = Kernel::read(kernel)?;
-            let modules = select(modules.as_deref(), &kernel.release)?;
-            return Ok((kernel, modules, None));
+            let (modules, library) = select(modules.as_deref(), &kernel.release, false)?;
+            return Ok(Obtained { kernel, modules, library, package: None });
         }
     };
     let unpacked = package::unpack(&file)?;
     let kernel = Kernel::read(&unpacked.kernel)?;
-    let mut modules = select(unpacked.modules.as_deref(), &kernel.release)?;
-    if unpacked.takes_unsigned_modules {
+    let unsigned = unpacked.takes_unsigned_modules;
+    let (modules, library) = select(unpacked.modules.as_deref(), &kernel.release, unsigned)?;
+    Ok(Obtained { kernel, modules, library, package: Some(unpacked.package) })
+}
+
+/// The modules for the initial file system, and the library of the others.
+fn select(
+    directory: Option<&Path>,
+    release: &str,
+    unsigned: bool,
+) -> Result<(Vec<Module>, Option<Vec<u8>>), Error> {
+    let Some(directory) = directory else { return Ok((Vec::new(), None)) };
+    let tree = ModuleTree::open(directory)?;
+    let mut modules = tree.select(modules::REQUIRED, modules::OPTIONAL, release)?;
+    if unsigned {
         for module in &mut modules {
             module.bytes = modules::slim(std::mem::take(&mut module.bytes));
         }
     }
-    Ok((kernel, modules, Some(unpacked.package)))
-}
-
-fn select(directory: Option<&Path>, release: &str) -> Result<Vec<Module>, Error> {
-    let Some(directory) = directory else { return Ok(Vec::new()) };
-    ModuleTree::open(directory)?.select(modules::REQUIRED, modules::OPTIONAL, release)
+    Ok((modules, Some(library(&tree, release, unsigned)?)))
 }
 
 fn find_agent() -> Result<PathBuf, Error> {
@@ -213,9 +235,9 @@ fn put(directory: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
 
 /// Removes the parts of older images.
 fn remove_others(directory: &Path, manifest: &Manifest) -> Result<(), Error> {
-    let ours = |name: &str| name.starts_with("vmlinux-") || name.starts_with("initrd-");
-    let kept: Vec<&str> =
-        iter::once(&manifest.kernel).chain([&manifest.initrd]).map(|part| &*part.file).collect();
+    let ours =
+        |name: &str| ["vmlinux-", "initrd-", "modules-"].iter().any(|stem| name.starts_with(stem));
+    let kept: Vec<&str> = manifest.parts().map(|part| &*part.file).collect();
     for entry in fs::read_dir(directory).map_err(host("read", directory))? {
         let entry = entry.map_err(host("read", directory))?;
         if entry.file_name().to_str().is_some_and(|name| ours(name) && !kept.contains(&name)) {

@@ -16,6 +16,7 @@ mod cpio;
 mod elf;
 mod error;
 mod kernel;
+mod library;
 mod manifest;
 mod modules;
 mod package;
@@ -62,7 +63,7 @@ impl Image {
             return Err(damaged(format!("is of version {}", manifest.version)));
         }
         let image = Self { directory: directory.to_owned(), manifest };
-        for part in image.parts() {
+        for part in image.manifest.parts() {
             let path = directory.join(&part.file);
             let size = fs::metadata(&path)
                 .map_err(|error| Error::Damaged {
@@ -100,7 +101,7 @@ impl Image {
     ///
     /// [`Error::Damaged`] for the first part that differs.
     pub fn verify(&self) -> Result<(), Error> {
-        for part in self.parts() {
+        for part in self.manifest.parts() {
             let path = self.directory.join(&part.file);
             let found = sha256(&fs::read(&path).map_err(host("read", &path))?);
             if found != part.sha256 {
@@ -123,14 +124,16 @@ impl Image {
         self.directory.join(&self.manifest.initrd.file)
     }
 
+    /// The modules that a guest loads when its kernel asks for them.
+    #[must_use]
+    pub fn library(&self) -> Option<PathBuf> {
+        self.manifest.library.as_ref().map(|part| self.directory.join(&part.file))
+    }
+
     /// What it is made of.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
-    }
-
-    fn parts(&self) -> [&Part; 2] {
-        [&self.manifest.kernel, &self.manifest.initrd]
     }
 }
 

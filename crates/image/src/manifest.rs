@@ -27,8 +27,18 @@ pub struct Manifest {
     pub agent_sha256: String,
     /// The names of the modules in it, in the order of loading.
     pub modules: Vec<String>,
+    /// The modules that are loaded when the guest's kernel asks for them; none where all is built in.
+    #[serde(default)]
+    pub library: Option<Part>,
     /// The package that kernel and modules came from.
     pub package: Option<Package>,
+}
+
+impl Manifest {
+    /// The files of the image.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = &Part> {
+        [&self.kernel, &self.initrd].into_iter().chain(&self.library)
+    }
 }
 
 /// One file of an image.

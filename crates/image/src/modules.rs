@@ -76,6 +76,24 @@ impl ModuleTree {
         Ok(selected)
     }
 
+    /// Where a module is; nothing where it is built in, or missing.
+    pub(crate) fn path(&self, name: &str) -> Option<&Path> {
+        self.files.get(name).filter(|_| !self.builtin.contains(name)).map(PathBuf::as_path)
+    }
+
+    /// The names of the modules below a directory, or of the one module that a path without suffix is of.
+    pub(crate) fn below(&self, place: &Path) -> Vec<String> {
+        let place = self.directory.join(place);
+        let within = |path: &Path| path.starts_with(&place) || path == place.with_extension("ko");
+        let plain = |path: &Path| path.with_file_name(path.file_stem().unwrap_or_default());
+        self.files
+            .iter()
+            // Those that are compressed have two suffixes.
+            .filter(|(_, path)| within(path) || within(&plain(path)))
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+
     fn add(
         &self,
         name: &str,
@@ -120,7 +138,7 @@ fn module_name(path: &Path) -> Option<String> {
     matches!(suffix, "" | ".xz" | ".zst" | ".gz").then(|| stem.replace('-', "_"))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Error> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
     let bytes = fs::read(path).map_err(host("read", path))?;
     match tool::compression(&bytes) {
         Some((tool, args)) => tool.run(args, &bytes, &format!("decompress {}", path.display())),
@@ -128,32 +146,30 @@ fn read(path: &Path) -> Result<Vec<u8>, Error> {
     }
 }
 
-/// The modules that a module says it needs, from its `.modinfo`: strings `key=value`, each ended by a zero.
-fn needs(bytes: &[u8], path: &Path, release: &str) -> Result<Vec<String>, Error> {
+/// What a module says under `key` in its `.modinfo`: strings `key=value`, each ended by a zero.
+pub(crate) fn values<'a>(bytes: &'a [u8], key: &str) -> Vec<&'a str> {
+    let info = Elf::parse(bytes).and_then(|elf| elf.section(".modinfo"));
+    let fields = info.map_or(&[][..], |info| &bytes[info.contents]).split(|&byte| byte == 0);
+    fields
+        .filter_map(|field| std::str::from_utf8(field).ok()?.split_once('='))
+        .filter_map(|(name, value)| (name == key).then_some(value))
+        .collect()
+}
+
+/// The modules that a module says it needs.
+pub(crate) fn needs(bytes: &[u8], path: &Path, release: &str) -> Result<Vec<String>, Error> {
     let bad = |reason: String| Error::Module { path: path.to_owned(), reason };
-    let info = Elf::parse(bytes)
+    Elf::parse(bytes)
         .and_then(|elf| elf.section(".modinfo"))
         .ok_or_else(|| bad("it is not an ELF file with a .modinfo section".to_owned()))?;
-    let mut needed = Vec::new();
-    for field in bytes[info.contents].split(|&byte| byte == 0) {
-        let Some((key, value)) = std::str::from_utf8(field).ok().and_then(|f| f.split_once('='))
-        else {
-            continue;
-        };
-        match key {
-            "depends" => needed.extend(
-                value.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")),
-            ),
-            "vermagic" => {
-                let theirs = value.split(' ').next().unwrap_or_default();
-                if theirs != release {
-                    return Err(bad(format!("it is for {theirs}, the kernel is {release}")));
-                }
-            }
-            _ => {}
+    for theirs in values(bytes, "vermagic") {
+        let theirs = theirs.split(' ').next().unwrap_or_default();
+        if theirs != release {
+            return Err(bad(format!("it is for {theirs}, the kernel is {release}")));
         }
     }
-    Ok(needed)
+    let needed = values(bytes, "depends").into_iter().flat_map(|value| value.split(','));
+    Ok(needed.filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect())
 }
 
 /// Takes from a module what costs time at each boot and serves nobody in a guest: the signature (the image is verified as a
@@ -178,7 +194,7 @@ pub(crate) fn slim(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::{ModuleTree, slim};
     use std::fs;
     use std::path::Path;
@@ -186,7 +202,7 @@ mod tests {
     /// A module file with nothing in it but a `.modinfo`.
     fn module(info: &str) -> Vec<u8> {
         let names = b"\0.modinfo\0.shstrtab\0";
-        let info = info.replace(' ', "\0") + "\0";
+        let info = format!("{info}\0");
         let mut bytes = vec![0; 64];
         bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
         bytes[18] = 62;
@@ -209,9 +225,14 @@ mod tests {
     }
 
     fn put(dir: &Path, path: &str, depends: &str) {
+        put_info(dir, path, &format!("depends={depends}"));
+    }
+
+    /// A module of Linux 6.1.0 that says `info` of itself.
+    pub(crate) fn put_info(dir: &Path, path: &str, info: &str) {
         let path = dir.join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, module(&format!("depends={depends} vermagic=6.1.0"))).unwrap();
+        fs::write(path, module(&format!("{info}\0vermagic=6.1.0"))).unwrap();
     }
 
     fn names(tree: &ModuleTree, required: &[&str], optional: &[&str]) -> Vec<String> {

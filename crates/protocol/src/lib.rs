@@ -42,5 +42,8 @@ pub const READY_PORT: u32 = 1026;
 /// The port of raw streams to the other side's loopback, in the guest as on the host: see [`loopback`].
 pub const LOOPBACK_PORT: u32 = 1027;
 
+/// The host's port that the agent opens a stream to for each connection to a socket of the host; see `Socket`.
+pub const SOCKET_PORT: u32 = 1028;
+
 /// What a raw stream starts with: who opens it proves by these bytes that the agent told it of the stream.
 pub type Token = [u8; 16];

@@ -9,8 +9,14 @@ pub const SHARE: &str = "/run/kata/share";
 /// The tag of the virtio-fs share.
 pub const SHARE_TAG: &str = "kata";
 
+/// The host's file of kernel modules, in the share; see the `image` crate. No container's id has an `@` in it.
+pub const MODULES: &str = "/run/kata/share/@modules";
+
 /// Below this the agent keeps one directory for each container.
 pub const CONTAINERS: &str = "/run/kata/containers";
+
+/// Below this the agent listens in the stead of the host's sockets.
+pub const SOCKETS: &str = "/run/kata/sockets";
 
 /// The parent of the containers' cgroups, relative to the cgroup root.
 pub const CGROUP: &str = "/kata";

@@ -18,6 +18,7 @@ use crate::error::{Error, ErrorKind};
 use crate::launch::Launch;
 use crate::process::Prepared;
 use crate::resources::{self, Size};
+use crate::sockets::Sockets;
 use crate::template;
 
 /// Fresh randomness for a guest.
@@ -31,6 +32,7 @@ pub(crate) struct Booted {
     pub(crate) agent: Agent,
     /// What the guest opens to the host's loopback.
     pub(crate) loopback: mpsc::Receiver<GuestStream>,
+    pub(crate) sockets: Sockets,
     pub(crate) began: Instant,
     /// What took how long until then, in milliseconds since the sandbox process began.
     pub(crate) phases: Vec<(String, u64)>,
@@ -46,6 +48,7 @@ pub(crate) async fn boot(prepared: Prepared) -> Result<Booted, Error> {
     linux::mount::share(&share).map_err(Error::host("share", &share))?;
 
     let config = &launch.config;
+    share_modules(config, &share)?;
     let device_program = launch.device_program.clone();
     let spec = machine_spec(config, launch.resources.as_ref(), share, device_program)?;
     let driver = hypervisor::driver(&config.hypervisor.driver)?;
@@ -53,6 +56,8 @@ pub(crate) async fn boot(prepared: Prepared) -> Result<Booted, Error> {
         template::machine(driver.as_ref(), &spec, config, &machine, &mut ledger).await?;
     let mut ready = vm.listen(Port(protocol::READY_PORT)).await?;
     let loopback = vm.listen(Port(protocol::LOOPBACK_PORT)).await?;
+    let sockets = Sockets::default();
+    sockets.serve(vm.listen(Port(protocol::SOCKET_PORT)).await?);
     vm.boot().await?;
     let launched = began.elapsed();
     let agent = connect(vm.as_ref(), &mut ready, config, &machine).await?;
@@ -72,7 +77,17 @@ pub(crate) async fn boot(prepared: Prepared) -> Result<Booted, Error> {
         .into();
     let kernel = crate::error::from_guest(&hello.kernel_release);
     info!(?origin, kernel, ?phases, "the machine is ready");
-    Ok(Booted { launch, ledger, vm, agent, loopback, began, phases })
+    Ok(Booted { launch, ledger, vm, agent, sockets, loopback, began, phases })
+}
+
+/// Gives the guest's kernel its modules, where kernel and modules are an image's.
+fn share_modules(config: &Config, share: &Path) -> Result<(), Error> {
+    if config.image.kernel.is_some() {
+        return Ok(());
+    }
+    let Some(library) = config.image.open()?.library() else { return Ok(()) };
+    let name = Path::new(protocol::paths::MODULES).file_name().unwrap_or_default();
+    Ok(storage::share_file(&library, Path::new(name), share)?)
 }
 
 /// The machine for a container with these limits.

@@ -25,6 +25,7 @@ mod resources;
 mod running;
 mod sandbox;
 mod server;
+mod sockets;
 mod spec;
 mod stand_in;
 mod state;

@@ -25,6 +25,7 @@ use crate::error::{Chain, Error};
 use crate::interfaces::Interfaces;
 use crate::loopback::Loopback;
 use crate::operations::settle;
+use crate::sockets::Sockets;
 use crate::state::{ContainerDir, ContainerId, VmDir};
 use crate::status::Status;
 
@@ -52,6 +53,7 @@ pub(crate) struct Sandbox {
     pub(crate) agent: Agent,
     pub(crate) vsock: VsockAddress,
     pub(crate) config: SandboxConfig,
+    sockets: Sockets,
     dir: VmDir,
     vm: mpsc::Sender<VmRequest>,
     pub(crate) ledger: RefCell<Ledger>,
@@ -71,7 +73,7 @@ pub(crate) struct Sandbox {
 impl Sandbox {
     /// The sandbox of a machine that has booted; the machine is the caller's, who does what comes by `vm_requests`.
     pub(crate) fn new(booted: Booted, vm_requests: mpsc::Sender<VmRequest>) -> (Self, Box<dyn Vm>) {
-        let Booted { launch, ledger, vm, agent, loopback, began, phases } = booted;
+        let Booted { launch, ledger, vm, agent, sockets, loopback, began, phases } = booted;
         let processes = vm.processes();
         let mut pids = vec![std::process::id(), processes.hypervisor];
         pids.extend(processes.devices);
@@ -81,6 +83,7 @@ impl Sandbox {
             agent,
             vsock: vm.vsock(),
             config: launch.config.sandbox,
+            sockets,
             dir: launch.vm,
             vm: vm_requests,
             ledger: RefCell::new(ledger),
@@ -149,6 +152,7 @@ impl Sandbox {
         if made.is_err() {
             // The first error is the one to tell.
             drop(storage::detach(id, &share));
+            self.sockets.forget(id);
         }
         let tokens = made?.into();
         let cgroup = (!record.cgroups.is_empty()).then(|| Cgroup::of_process(stand_in.pid));
@@ -177,6 +181,7 @@ impl Sandbox {
             spec_json: new.spec.into_bytes(),
             streams: Some(streams(new.streams)).into(),
             tty_size: new.size.map(tty_size).into(),
+            sockets: self.sockets.add(id, &new.files.sockets)?,
             ..Default::default()
         };
         self.agent.create(request).await
@@ -205,6 +210,7 @@ impl Sandbox {
             info!(container = container.id(), "its stand-in is gone: killed");
             self.kill(container).await;
         }
+        self.sockets.forget(container.id());
         let others: Vec<_> = {
             let all = self.containers.borrow();
             all.values().filter(|other| other.id() != container.id()).cloned().collect()

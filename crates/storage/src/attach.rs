@@ -45,6 +45,25 @@ pub fn attach(plan: &Plan, share: &Path, origin: &Path, ledger: &mut Ledger) -> 
     outcome
 }
 
+/// Shows the guest one file of the host's, read-only, under `name`, in the calling thread's mount namespace. It stays as
+/// long as that and `share` do.
+///
+/// # Errors
+///
+/// [`Error::Host`].
+pub fn share_file(source: &Path, name: &Path, share: &Path) -> Result<(), Error> {
+    let source = source.canonicalize().map_err(Error::host("resolve", source))?;
+    let bind = Bind {
+        source,
+        name: name.into(),
+        read_only: ReadOnly::Top,
+        recursive: false,
+        is_directory: false,
+        propagation: Propagation::Private,
+    };
+    place(&bind, take(&bind, share)?, share)
+}
+
 /// Undoes what [`attach`] made for a container, in the calling thread's mount namespace. What is not there is a success.
 ///
 /// # Errors

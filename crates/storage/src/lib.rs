@@ -31,7 +31,7 @@ use linux::mount::Propagation;
 use protocol::oci;
 use serde::{Deserialize, Serialize};
 
-pub use attach::{attach, detach};
+pub use attach::{attach, detach, share_file};
 pub use plan::plan;
 pub use probe::probe;
 
@@ -90,8 +90,19 @@ pub struct Plan {
     pub guest_root: String,
     /// The guest spec's `mounts`, in the spec's order.
     pub guest_mounts: Vec<oci::Mount>,
+    /// The host's sockets that the guest's mounts have as sources.
+    pub sockets: Vec<Socket>,
     /// What the user should know, one sentence each.
     pub warnings: Vec<String>,
+}
+
+/// A Unix stream socket of the host that a container can connect to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Socket {
+    /// The host's, a path without symlinks.
+    pub source: PathBuf,
+    /// Where the agent listens in its stead: the source of the guest's mount.
+    pub guest_path: String,
 }
 
 /// One bind mount below the share.

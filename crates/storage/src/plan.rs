@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use linux::mount::Propagation;
 use protocol::{oci, paths};
 
-use crate::{Bind, Error, Input, Kind, Plan, ReadOnly, Source};
+use crate::{Bind, Error, Input, Kind, Plan, ReadOnly, Socket, Source};
 
 /// File systems that a guest's kernel makes itself, out of nothing of the host's.
 const GUEST_FILE_SYSTEMS: [&str; 16] = [
@@ -60,6 +60,7 @@ pub fn plan(
         mount_points: Vec::new(),
         guest_root,
         guest_mounts: Vec::new(),
+        sockets: Vec::new(),
         warnings: Vec::new(),
     };
     let mounts = input.spec.mounts().as_deref().unwrap_or_default();
@@ -166,6 +167,14 @@ impl Mount<'_> {
             plan.guest_mounts.push(self.shm(&source.path, source.tmpfs_size.unwrap_or(0)));
             return Ok(());
         }
+        // Before what is the guest's own, since /dev/log is not.
+        if source.kind == Kind::Socket {
+            let guest_path =
+                format!("{}/{}/{}", paths::SOCKETS, self.input.container_id, self.index);
+            plan.guest_mounts.push(self.bind_of(&guest_path));
+            plan.sockets.push(Socket { source: source.path.clone(), guest_path });
+            return Ok(());
+        }
         if is_guests_own(source) {
             if !COMMON_DEVICES.iter().chain(&[CGROUPS]).any(|quiet| source.path.starts_with(quiet))
             {
@@ -184,10 +193,6 @@ impl Mount<'_> {
                     source.kind.words()
                 )));
             }
-            Kind::Socket => plan.warnings.push(format!(
-                "mount {}: {path} is a socket of the host; the container sees the file but cannot connect",
-                self.name()
-            )),
             Kind::Fifo => plan.warnings.push(format!(
                 "mount {}: {path} is a named pipe; bytes do not pass between host and container",
                 self.name()
@@ -310,6 +315,7 @@ fn mount_points(plan: &Plan) -> Vec<(PathBuf, bool)> {
         let source = mount.source().as_deref().unwrap_or(Path::new(""));
         let bind = plan.binds.iter().find(|bind| Path::new(&guest_path(&bind.name)) == source);
         let is_file = bind.is_some_and(|bind| !bind.is_directory)
+            || plan.sockets.iter().any(|socket| Path::new(&socket.guest_path) == source)
             || COMMON_DEVICES.iter().any(|device| source == Path::new(device));
         found.push((path, !is_file));
     }

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use vhost_user_backend::VhostUserDaemon;
+use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{self, CachePolicy, PassthroughFs};
 use virtiofsd::server::Server;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -22,6 +23,14 @@ use backend::Backend;
 /// How long the guest may believe what it was told of a file without asking again: the host may change it, seldom.
 const BELIEF: Duration = Duration::from_secs(1);
 
+/// Attributes `trusted.*`, which an overlay in the guest keeps its notes in, take a privilege on the host that would be too
+/// much: they are the host's `user.virtiofs.trusted.*`, which the guest cannot name otherwise. It sees none of the host's
+/// own `trusted.*`.
+const ATTRIBUTES: &str = "/prefix/all/trusted./user.virtiofs./
+/bad/server//trusted./
+/bad/client/user.virtiofs.//
+/ok/all///";
+
 /// Descriptors that are not the guest's files: memory regions (the library takes 509 at most), vsock streams, our own.
 /// Where few are allowed, half of them.
 const RESERVED: u64 = 509 + 1024 + 64;
@@ -36,7 +45,7 @@ pub(crate) fn start(
     opened: Opened,
     report: Sender<Result<(), Error>>,
 ) -> Result<(), Error> {
-    let files = PassthroughFs::new(config(opened)).map_err(|error| failed(error.into()))?;
+    let files = PassthroughFs::new(config(opened)?).map_err(|error| failed(error.into()))?;
     let backend = Arc::new(Backend::new(Server::new(files), report.clone()));
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon = VhostUserDaemon::new("fs".into(), backend, memory)
@@ -55,8 +64,9 @@ fn failed(source: Box<dyn std::error::Error + Send + Sync>) -> Error {
     Error::Device { device: "fs", source }
 }
 
-fn config(opened: Opened) -> passthrough::Config {
-    passthrough::Config {
+fn config(opened: Opened) -> Result<passthrough::Config, Error> {
+    let map = XattrMap::try_from(ATTRIBUTES).map_err(|error| failed(error.to_string().into()))?;
+    Ok(passthrough::Config {
         entry_timeout: BELIEF,
         attr_timeout: BELIEF,
         cache_policy: CachePolicy::Auto,
@@ -65,6 +75,7 @@ fn config(opened: Opened) -> passthrough::Config {
         writeback: false,
         proc_sfd_rawfd: Some(opened.proc_self_fd),
         xattr: true,
+        xattrmap: Some(map),
         // Each mount below the directory is a device of its own, or inode numbers would collide.
         announce_submounts: true,
         readdirplus: true,
@@ -74,5 +85,5 @@ fn config(opened: Opened) -> passthrough::Config {
         allow_direct_io: false,
         guest_fd_limit: opened.descriptors - RESERVED.min(opened.descriptors / 2),
         ..passthrough::Config::default()
-    }
+    })
 }

@@ -158,15 +158,15 @@ fn kernel_interfaces_are_the_guests_own() {
 }
 
 #[test]
-fn sockets_and_pipes_are_shared_with_a_warning() {
+fn a_socket_is_one_of_the_agents_and_a_pipe_is_shared_with_a_warning() {
     let plan = one(r#"{"destination":"/s","type":"bind","source":"/run/docker-socket"}"#).unwrap();
-    assert_eq!(
-        plan.warnings,
-        [
-            "mount /s: /run/docker-socket is a socket of the host; the container sees the file but cannot connect"
-        ]
-    );
-    assert_eq!(options(&plan.guest_mounts[0]), ["bind"]);
+    assert_eq!(plan.sockets[0].source, Path::new("/run/docker-socket"));
+    assert_eq!(plan.sockets[0].guest_path, "/run/kata/sockets/c1/0");
+    assert_eq!(plan.guest_mounts[0].source().as_deref(), Some(Path::new("/run/kata/sockets/c1/0")));
+    assert_eq!((plan.binds.len(), plan.warnings.len()), (1, 0));
+    let plan =
+        one(r#"{"destination":"/dev/log","type":"bind","source":"/dev/log-socket"}"#).unwrap();
+    assert_eq!(plan.sockets.len(), 1);
     let plan = one(r#"{"destination":"/s","type":"bind","source":"/run/fifo"}"#).unwrap();
     assert_eq!(plan.warnings.len(), 1);
 }
