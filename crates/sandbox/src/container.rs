@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use linux::cgroup::Cgroup;
 use protocol::agent as wire;
+use protocol::oci::LinuxResources;
 use tracing::error;
 
 use crate::error::{Chain, Error};
@@ -17,6 +18,7 @@ pub(crate) struct Container {
     dir: ContainerDir,
     record: RefCell<ContainerRecord>,
     cgroup: Option<Cgroup>,
+    resources: RefCell<Option<LinuxResources>>,
     /// The execs, each with the host process that stands for it.
     execs: RefCell<HashMap<String, u32>>,
     execs_made: Cell<u64>,
@@ -24,11 +26,17 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    pub(crate) fn new(dir: ContainerDir, record: ContainerRecord, cgroup: Option<Cgroup>) -> Self {
+    pub(crate) fn new(
+        dir: ContainerDir,
+        record: ContainerRecord,
+        cgroup: Option<Cgroup>,
+        resources: Option<LinuxResources>,
+    ) -> Self {
         Self {
             dir,
             record: RefCell::new(record),
             cgroup,
+            resources: RefCell::new(resources),
             execs: RefCell::default(),
             execs_made: Cell::default(),
             disowned: Cell::default(),
@@ -51,6 +59,17 @@ impl Container {
     /// The directories of its cgroup.
     pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
         self.record.borrow().cgroups.clone()
+    }
+
+    /// Its limits, as the spec or the last update has them.
+    pub(crate) fn resources(&self) -> Option<LinuxResources> {
+        self.resources.borrow().clone()
+    }
+
+    /// Changes those of its limits that `update` has.
+    pub(crate) fn update_resources(&self, update: &LinuxResources) {
+        let merged = crate::resources::merged(self.resources.borrow().as_ref(), update);
+        self.resources.replace(merged);
     }
 
     pub(crate) fn status(&self) -> Status {

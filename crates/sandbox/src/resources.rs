@@ -7,9 +7,14 @@
 use linux::cgroup::{Limits, Throttle, Throttled};
 use protocol::oci::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
+use serde_json::Value;
+
 use crate::config::SandboxConfig;
 
 const MIB: u64 = 1 << 20;
+
+/// The kernel's own period for CPU quotas, in microseconds.
+const PERIOD_US: u64 = 100_000;
 
 /// How large a machine is at boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +33,7 @@ const STEP_MIB: u32 = 1024;
 pub(crate) fn size(resources: Option<&LinuxResources>, config: &SandboxConfig, host: Size) -> Size {
     let quota = resources.and_then(|resources| resources.cpu().as_ref()).and_then(|cpu| {
         let quota = u64::try_from(cpu.quota()?).ok().filter(|&quota| quota > 0)?;
-        let period = cpu.period().filter(|&period| period > 0).unwrap_or(100_000);
+        let period = cpu.period().filter(|&period| period > 0).unwrap_or(PERIOD_US);
         u32::try_from(quota.div_ceil(period)).ok()
     });
     let limit = memory_limit(resources).map(|bytes| {
@@ -83,6 +88,58 @@ pub(crate) fn host_limits(resources: Option<&LinuxResources>, config: &SandboxCo
     }
 }
 
+/// The limits of the host processes of a sandbox with several containers, which all use the one machine: together they
+/// may have what each may have, and anything as soon as one of them may. Which CPUs they run on is not changed.
+pub(crate) fn joint_limits(all: &[Option<LinuxResources>], config: &SandboxConfig) -> Limits {
+    if let [one] = all {
+        return host_limits(one.as_ref(), config);
+    }
+    let sum = |of: &dyn Fn(&LinuxResources) -> Option<i64>| {
+        let each = all.iter().map(|one| of(one.as_ref()?).filter(|&n| n > 0));
+        each.sum::<Option<i64>>().unwrap_or(-1)
+    };
+    let room = (u64::from(config.guest_overhead_mib) + u64::from(config.host_overhead_mib)) * MIB;
+    let with_room =
+        |bytes: i64| if bytes < 0 { -1 } else { bytes.saturating_add(room.cast_signed()) };
+    let memory = sum(&|one| one.memory().as_ref()?.limit());
+    let swap = sum(&|one| one.memory().as_ref()?.swap());
+    let quota = sum(&|one| {
+        let cpu = one.cpu().as_ref()?;
+        let period = cpu.period().filter(|&period| period > 0).unwrap_or(PERIOD_US);
+        let quota = u64::try_from(cpu.quota()?).ok()?.checked_mul(PERIOD_US)? / period;
+        i64::try_from(quota).ok()
+    });
+    Limits {
+        memory: Some(with_room(memory)),
+        memory_swap: Some(with_room(if memory < 0 { -1 } else { swap })),
+        cpu_quota: Some(quota),
+        cpu_period: Some(PERIOD_US),
+        ..Limits::default()
+    }
+}
+
+/// `old` with what `update` has. Zero is how Docker's JSON says "as it was".
+pub(crate) fn merged(
+    old: Option<&LinuxResources>,
+    update: &LinuxResources,
+) -> Option<LinuxResources> {
+    fn overlay(old: &mut Value, new: Value) {
+        match (old, new) {
+            (_, Value::Null) => {}
+            (_, Value::Number(zero)) if zero.as_i64() == Some(0) => {}
+            (Value::Object(old), Value::Object(new)) => {
+                for (key, value) in new {
+                    overlay(old.entry(key).or_insert(Value::Null), value);
+                }
+            }
+            (old, new) => *old = new,
+        }
+    }
+    let mut all = old.and_then(|old| serde_json::to_value(old).ok()).unwrap_or_default();
+    overlay(&mut all, serde_json::to_value(update).ok()?);
+    serde_json::from_value(all).ok()
+}
+
 fn memory_limit(resources: Option<&LinuxResources>) -> Option<u64> {
     let limit = resources?.memory().as_ref()?.limit()?;
     u64::try_from(limit).ok().filter(|&limit| limit > 0)
@@ -90,7 +147,7 @@ fn memory_limit(resources: Option<&LinuxResources>) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Size, host_limits, size};
+    use super::{Size, host_limits, joint_limits, merged, size};
     use crate::config::SandboxConfig;
     use protocol::oci::LinuxResources;
     use serde_json::{Value, json};
@@ -148,5 +205,36 @@ mod tests {
             (limits.cpu_shares, limits.cpu_quota, limits.cpuset_cpus),
             (None, Some(5000), None)
         );
+    }
+    #[test]
+    fn containers_of_one_machine_have_together_what_each_may_have() {
+        let config = SandboxConfig {
+            guest_overhead_mib: 100,
+            host_overhead_mib: 28,
+            ..SandboxConfig::default()
+        };
+        let half = resources(json!({
+            "memory": {"limit": 256 << 20, "swap": 256 << 20},
+            "cpu": {"quota": 25_000, "period": 50_000},
+        }));
+        let two = joint_limits(&[Some(half.clone()), Some(half.clone())], &config);
+        assert_eq!(two.memory, Some((512 + 128) << 20));
+        assert_eq!((two.cpu_quota, two.cpu_period), (Some(100_000), Some(100_000)));
+        let free = joint_limits(&[Some(half.clone()), None], &config);
+        assert_eq!((free.memory, free.memory_swap, free.cpu_quota), (Some(-1), Some(-1), Some(-1)));
+        let one = joint_limits(&[Some(half.clone())], &config);
+        assert_eq!(one.memory, host_limits(Some(&half), &config).memory);
+    }
+
+    #[test]
+    fn an_update_changes_what_it_names() {
+        let old = resources(json!({"memory": {"limit": 5, "swap": 6}, "cpu": {"quota": 7}}));
+        let update = resources(json!({"memory": {"limit": 50, "swap": 0}}));
+        let new = merged(Some(&old), &update).unwrap();
+        assert_eq!(
+            new,
+            resources(json!({"memory": {"limit": 50, "swap": 6}, "cpu": {"quota": 7}}))
+        );
+        assert_eq!(merged(None, &update).unwrap().memory().as_ref().unwrap().limit(), Some(50));
     }
 }

@@ -13,6 +13,7 @@ use hypervisor::{Device, Vm, VsockAddress};
 use linux::cgroup::Cgroup;
 use linux::ledger::Ledger;
 use protocol::agent as wire;
+use protocol::oci::LinuxResources;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
@@ -25,6 +26,7 @@ use crate::error::{Chain, Error};
 use crate::interfaces::Interfaces;
 use crate::loopback::Loopback;
 use crate::operations::settle;
+use crate::resources::joint_limits;
 use crate::sockets::Sockets;
 use crate::state::{ContainerDir, ContainerId, VmDir};
 use crate::status::Status;
@@ -60,6 +62,8 @@ pub(crate) struct Sandbox {
     pub(crate) interfaces: Interfaces,
     containers: RefCell<HashMap<String, Rc<Container>>>,
     creating: Cell<usize>,
+    /// Whether several containers are, or were when we last looked, in it.
+    shared: Cell<bool>,
     changed: watch::Sender<()>,
     /// The machine's processes on the host, this one among them.
     pids: Vec<u32>,
@@ -90,6 +94,7 @@ impl Sandbox {
             interfaces: Interfaces::new(launch.netns, Loopback::new(loopback, vm.vsock())),
             containers: RefCell::default(),
             creating: Cell::new(0),
+            shared: Cell::new(false),
             changed: watch::Sender::default(),
             pids,
             cgroups: RefCell::new(launch.cgroups),
@@ -148,6 +153,7 @@ impl Sandbox {
         let origin = PathBuf::from(format!("/proc/{}/ns/mnt", stand_in.pid));
         let share = self.dir.share();
         storage::attach(&new.files, &share, &origin, &mut self.ledger.borrow_mut())?;
+        let resources = resources_of(&new.spec);
         let made = self.create_in_guest(id, new).await;
         if made.is_err() {
             // The first error is the one to tell.
@@ -157,10 +163,11 @@ impl Sandbox {
         let tokens = made?.into();
         let cgroup = (!record.cgroups.is_empty()).then(|| Cgroup::of_process(stand_in.pid));
         let cgroup = cgroup.transpose()?;
-        let container = Rc::new(Container::new(dir, record, cgroup));
+        let container = Rc::new(Container::new(dir, record, cgroup, resources));
         container.set_status(Status::Created)?;
         self.containers.borrow_mut().insert(id.to_owned(), container);
         self.orphan.take();
+        self.limit_host();
         let mut phases = self.phases.take();
         if !phases.is_empty() {
             let created = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -224,7 +231,21 @@ impl Sandbox {
             self.orphan.replace(Some(container.dir().clone()));
         }
         self.containers.borrow_mut().remove(container.id());
+        self.limit_host();
         self.changed.send_replace(());
+    }
+
+    /// Limits the machine's processes to what its containers may have together. With one container they are in its own
+    /// cgroup, which has its limits already.
+    pub(crate) fn limit_host(&self) {
+        let containers = self.containers.borrow();
+        let holder = containers.values().find(|one| one.cgroups() == *self.cgroups.borrow());
+        let Some(cgroup) = holder.and_then(|holder| holder.cgroup()) else { return };
+        let all: Vec<_> = containers.values().map(|one| one.resources()).collect();
+        let shared = self.shared.replace(all.len() > 1) || all.len() > 1;
+        if shared && let Err(error) = cgroup.apply(&joint_limits(&all, &self.config)) {
+            warn!(error = %Chain(&error), "the machine's limits are not those of its containers");
+        }
     }
 
     async fn kill(&self, container: &Container) {
@@ -272,6 +293,12 @@ impl Sandbox {
             }
         }
     }
+}
+
+/// The limits in a guest's spec.
+fn resources_of(spec: &str) -> Option<LinuxResources> {
+    let spec: serde_json::Value = serde_json::from_str(spec).ok()?;
+    serde_json::from_value(spec.pointer("/linux/resources")?.clone()).ok()
 }
 
 /// Which streams there are, as the agent is told.

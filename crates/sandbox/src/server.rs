@@ -212,7 +212,10 @@ impl Sandbox {
         if let Some(cgroup) = container.cgroup() {
             cgroup.apply(&crate::resources::host_limits(Some(&parsed), &self.config))?;
         }
-        self.agent.update(container.id(), resources).await
+        self.agent.update(container.id(), resources).await?;
+        container.update_resources(&parsed);
+        self.limit_host();
+        Ok(())
     }
 
     async fn processes(&self, container: &Container) -> Result<Processes, Error> {
