@@ -77,7 +77,7 @@ pub(crate) async fn boot(prepared: Prepared) -> Result<Booted, Error> {
         .into();
     let kernel = crate::error::from_guest(&hello.kernel_release);
     info!(?origin, kernel, ?phases, "the machine is ready");
-    Ok(Booted { launch, ledger, vm, agent, sockets, loopback, began, phases })
+    Ok(Booted { launch, ledger, vm, agent, loopback, sockets, began, phases })
 }
 
 /// Gives the guest's kernel its modules, where kernel and modules are an image's.

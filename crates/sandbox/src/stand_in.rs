@@ -88,7 +88,10 @@ pub(crate) fn run(
     let terminal = stdio.terminal.then(|| stdio.stdin.try_clone()).transpose();
     let terminal = terminal.map_err(Error::host("keep", "the terminal"))?;
     let Order { vm, id, what, .. } = order;
-    let is_init = matches!(what, Process::Init(_));
+    let files = match &what {
+        Process::Init(init) => Some(init.files.clone()),
+        Process::Exec(_) => None,
+    };
     let foreground = matches!(&what, Process::Init(init) if init.foreground);
     let mut client = Client::connect_to(&vm, &id)?;
     let answer = client.ask(&request(what, &stdio))?;
@@ -97,10 +100,14 @@ pub(crate) fn run(
     let relay =
         stdio.relay(&vsock, &tokens).map_err(Error::host("open a stream into", "the guest"))?;
     let mut forward = Forward { client: Client::connect_to(&vm, &id)?, exec: &exec, terminal };
+    if let Some(files) = &files {
+        // From here on paths are the container's. Only `podman cp` and the like miss it where it does not work.
+        drop(storage::enter_view(files, &vm.share()));
+    }
     client.send(&Request::Wait { exec: exec.clone() })?;
     if let Some(caller) = &mut caller
         && caller.tell(&Report::Ready { phases }).is_err()
-        && is_init
+        && files.is_some()
     {
         forward.disown();
         return Ok(KILLED);

@@ -23,6 +23,7 @@
 mod attach;
 mod plan;
 mod probe;
+mod view;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,6 +35,7 @@ use serde::{Deserialize, Serialize};
 pub use attach::{attach, detach, share_file};
 pub use plan::plan;
 pub use probe::probe;
+pub use view::enter_view;
 
 /// What a container is made from.
 #[derive(Debug, Clone, Copy)]
