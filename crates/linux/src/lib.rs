@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod file;
+pub mod file_system;
 mod host;
 pub mod ledger;
 pub mod link;

@@ -138,6 +138,15 @@ pub fn unshare_network() -> io::Result<()> {
     unshare(UnshareFlags::NEWNET)
 }
 
+/// Gives the calling thread a working directory, root and umask of its own: unshare(2)'s `CLONE_FS`.
+///
+/// # Errors
+///
+/// What unshare(2) says.
+pub fn unshare_working_directory() -> io::Result<()> {
+    unshare(UnshareFlags::FS)
+}
+
 fn unshare(flags: UnshareFlags) -> io::Result<()> {
     // SAFETY: the one flag that can break I/O safety is CLONE_FILES, and no caller passes it.
     Ok(unsafe { unshare_unsafe(flags) }?)
