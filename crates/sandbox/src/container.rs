@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use linux::cgroup::Cgroup;
 use protocol::agent as wire;
-use protocol::oci::LinuxResources;
+use protocol::oci::{Hooks, LinuxResources};
 use tracing::error;
 
 use crate::error::{Chain, Error};
@@ -74,6 +74,11 @@ impl Container {
 
     pub(crate) fn status(&self) -> Status {
         self.record.borrow().status
+    }
+
+    /// The spec's hooks.
+    pub(crate) fn hooks(&self) -> Option<Hooks> {
+        self.record.borrow().hooks.clone()
     }
 
     /// Whether `operation` is lawful now.

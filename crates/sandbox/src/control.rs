@@ -8,6 +8,7 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use hypervisor::VsockAddress;
@@ -88,6 +89,8 @@ pub(crate) struct NewContainer {
     pub(crate) streams: [bool; 3],
     /// The terminal's rows and columns, where there is one.
     pub(crate) size: Option<(u16, u16)>,
+    /// The mount namespace in which the host's files are; that of the container's process where it is none.
+    pub(crate) origin: Option<PathBuf>,
 }
 
 /// The answer to a [`Request`].

@@ -120,7 +120,7 @@ fn plan_files(request: &Create<'_>) -> Result<storage::Plan, Error> {
 }
 
 /// The path of the network namespace to be in; `None`: a new one.
-fn network_namespace(spec: &Spec) -> Option<PathBuf> {
+pub(crate) fn network_namespace(spec: &Spec) -> Option<PathBuf> {
     let namespaces = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
     namespaces
         .filter(|namespace| namespace.typ() == LinuxNamespaceType::Network)
@@ -326,7 +326,7 @@ impl Drop for Killed {
     }
 }
 
-fn run_runtime_hooks(bundle: &Bundle, id: &ContainerId, pid: u32) -> Result<(), Error> {
+pub(crate) fn run_runtime_hooks(bundle: &Bundle, id: &ContainerId, pid: u32) -> Result<(), Error> {
     let Some(all) = bundle.spec.hooks() else { return Ok(()) };
     let state = hook_state(bundle, id, Status::Creating, pid);
     // Deprecated in the spec; Docker before 28 sets up its networks in it.

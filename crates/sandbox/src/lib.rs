@@ -13,6 +13,7 @@ mod console;
 mod container;
 mod control;
 mod create;
+mod embedded;
 mod error;
 mod exec;
 mod hooks;
@@ -20,6 +21,8 @@ mod interfaces;
 mod launch;
 mod loopback;
 mod operations;
+mod outside;
+mod pod;
 mod process;
 mod resources;
 mod running;
@@ -40,6 +43,7 @@ pub use config::{
 pub use console::Console;
 pub use control::{GuestProcess, Processes, Stats};
 pub use create::{Create, Created, create};
+pub use embedded::{Boot, Ended, ProcessStreams, Sandbox, Streams};
 pub use error::{Chain, Error, ErrorKind};
 pub use exec::{Exec, exec_defaults, exec_detached, exec_here};
 pub use operations::{

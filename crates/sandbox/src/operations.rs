@@ -37,7 +37,7 @@ const SIGKILL: u32 = 9;
 /// # Errors
 ///
 /// When something would not go; it stays written down, for another try.
-fn give_back(dir: &ContainerDir) -> Result<(), Error> {
+pub(crate) fn give_back(dir: &ContainerDir) -> Result<(), Error> {
     let mut ledgers = vec![dir.ledger()];
     if !dir.has_siblings() {
         ledgers.push(dir.vm().ledger());

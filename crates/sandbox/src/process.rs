@@ -34,7 +34,7 @@ pub fn serve(channel: OwnedFd) -> u8 {
     let mut channel = Channel::inherited(channel);
     // Where there is none, its caller has ended, and nothing was taken yet.
     let Ok(launch) = channel.hear::<Launch>() else { return 1 };
-    let prepared = Prepared::new(launch).and_then(|prepared| {
+    let prepared = log_to(&launch.vm).and_then(|()| Prepared::new(launch)).and_then(|prepared| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         Ok((prepared, runtime.map_err(Error::host("start", "the event loop"))?))
     });
@@ -61,10 +61,10 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
-    fn new(launch: Launch) -> Result<Self, Error> {
+    /// Moves the calling process into the sandbox's cgroup and namespaces.
+    pub(crate) fn new(launch: Launch) -> Result<Self, Error> {
         let began = Instant::now();
         let vm = &launch.vm;
-        log_to(vm)?;
         join_each(&launch.cgroups);
         let netns = Network::open(&launch.netns)
             .and_then(|netns| netns.enter().and_then(|()| netns.identity()))

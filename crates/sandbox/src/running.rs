@@ -11,7 +11,6 @@ use tracing::{error, info, warn};
 
 use crate::boot::Booted;
 use crate::error::{Chain, Error};
-use crate::interfaces;
 use crate::sandbox::{Sandbox, VmRequest};
 use crate::state::ContainerDir;
 
@@ -45,11 +44,15 @@ impl Running {
         Self { sandbox: Rc::new(sandbox), vm, vm_orders, control }
     }
 
+    /// The sandbox.
+    pub(crate) fn sandbox(&self) -> Rc<Sandbox> {
+        Rc::clone(&self.sandbox)
+    }
+
     /// Serves until the caller has gone and no container is left. Answers the directory that nobody else will remove.
     pub(crate) async fn until_empty(mut self, mut caller: Caller) -> Option<ContainerDir> {
         spawn_local(accept(self.control, Rc::clone(&self.sandbox)));
         spawn_local(watch_oom(Rc::clone(&self.sandbox)));
-        spawn_local(interfaces::follow(Rc::clone(&self.sandbox)));
         let mut changes = self.sandbox.changes();
         let mut machine_ended = self.vm.ended();
         let mut alone = false;

@@ -150,7 +150,9 @@ impl Sandbox {
         let record = dir.read()?.ok_or_else(|| Error::NoSuchContainer { id: id.to_owned() })?;
         let gone = || Error::SandboxGone { id: id.to_owned() };
         let stand_in = record.process.ok_or_else(gone)?;
-        let origin = PathBuf::from(format!("/proc/{}/ns/mnt", stand_in.pid));
+        let origin = new.origin.clone();
+        let origin =
+            origin.unwrap_or_else(|| PathBuf::from(format!("/proc/{}/ns/mnt", stand_in.pid)));
         let share = self.dir.share();
         storage::attach(&new.files, &share, &origin, &mut self.ledger.borrow_mut())?;
         let resources = resources_of(&new.spec);

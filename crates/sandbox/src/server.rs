@@ -84,16 +84,8 @@ impl Sandbox {
             Request::Resize { exec, rows, columns } => {
                 self.resize(container, exec, (rows, columns)).await?;
             }
-            Request::Pause => {
-                container.check(Operation::Pause)?;
-                self.agent.pause(id).await?;
-                container.set_status(Status::Paused)?;
-            }
-            Request::Resume => {
-                container.check(Operation::Resume)?;
-                self.agent.resume(id).await?;
-                container.set_status(Status::Running)?;
-            }
+            Request::Pause => self.pause(container).await?,
+            Request::Resume => self.resume(container).await?,
             Request::Update { resources } => self.update(container, resources).await?,
             Request::Stats => {
                 container.check(Operation::Events)?;
@@ -111,7 +103,7 @@ impl Sandbox {
         Ok(Response::Done)
     }
 
-    async fn start(&self, container: &Container) -> Result<(), Error> {
+    pub(crate) async fn start(&self, container: &Container) -> Result<(), Error> {
         container.check(Operation::Start)?;
         // Since Docker 28 the network arrives between create and start.
         self.rescan_network().await?;
@@ -123,9 +115,21 @@ impl Sandbox {
         Ok(())
     }
 
+    pub(crate) async fn pause(&self, container: &Container) -> Result<(), Error> {
+        container.check(Operation::Pause)?;
+        self.agent.pause(container.id()).await?;
+        container.set_status(Status::Paused)
+    }
+
+    pub(crate) async fn resume(&self, container: &Container) -> Result<(), Error> {
+        container.check(Operation::Resume)?;
+        self.agent.resume(container.id()).await?;
+        container.set_status(Status::Running)
+    }
+
     /// Sends a signal to a process, or with `all` to every process of the container. SIGKILL of its init ends it even if
     /// the guest does not answer.
-    async fn signal(
+    pub(crate) async fn signal(
         &self,
         container: &Container,
         exec: &str,
@@ -150,7 +154,7 @@ impl Sandbox {
         }
     }
 
-    async fn resize(
+    pub(crate) async fn resize(
         &self,
         container: &Container,
         exec: String,
@@ -165,7 +169,7 @@ impl Sandbox {
         self.agent.resize(request).await
     }
 
-    async fn exec(
+    pub(crate) async fn exec(
         &self,
         container: &Container,
         process: String,
@@ -189,7 +193,7 @@ impl Sandbox {
     }
 
     /// Waits for a process's end. An empty `exec`: the container's init.
-    async fn wait(&self, id: &str, exec: &str) -> Result<Response, Error> {
+    pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<Response, Error> {
         let container = self.container(id)?;
         let ended = self.agent.wait(id, exec).await?;
         let code = exit_code(ended.exit_code);
@@ -205,7 +209,11 @@ impl Sandbox {
         Ok(Response::Ended { code, written: [ended.stdout_bytes, ended.stderr_bytes] })
     }
 
-    async fn update(&self, container: &Container, resources: String) -> Result<(), Error> {
+    pub(crate) async fn update(
+        &self,
+        container: &Container,
+        resources: String,
+    ) -> Result<(), Error> {
         container.check(Operation::Update)?;
         let parsed: protocol::oci::LinuxResources = serde_json::from_str(&resources)
             .map_err(|error| Error::invalid(format!("resources: {error}")))?;

@@ -158,7 +158,7 @@ fn request(what: Process, stdio: &Stdio) -> Request {
         Process::Exec(process) => Request::Exec { process, streams, size, pid: std::process::id() },
         Process::Init(init) => {
             let Init { spec, files, .. } = *init;
-            Request::Create(Box::new(NewContainer { spec, files, streams, size }))
+            Request::Create(Box::new(NewContainer { spec, files, streams, size, origin: None }))
         }
     }
 }

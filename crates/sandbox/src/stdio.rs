@@ -27,10 +27,10 @@ const STACK: usize = 64 << 10;
 /// The tokens of a process's streams; an empty one: no such stream. See `ProcessCreated` in agent.proto.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Tokens {
-    stdin: Vec<u8>,
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-    tty: Vec<u8>,
+    pub(crate) stdin: Vec<u8>,
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: Vec<u8>,
+    pub(crate) tty: Vec<u8>,
 }
 
 impl From<ProcessCreated> for Tokens {
