@@ -1,6 +1,7 @@
 //! `kata`: one executable, which acts by the name it is called by and its first argument.
 //!
 //! - `kata-runtime …`: the OCI command line, and the operator's commands.
+//! - `containerd-shim-kata-v2 …`: containerd's shim.
 //! - `kata sandbox FD`, `kata stand-in FD`, `kata device CONFIG`: roles that the runtime starts itself in; nobody else
 //!   calls them.
 
@@ -23,6 +24,12 @@ fn main() -> ExitCode {
     let arguments: Vec<OsString> = env::args_os().collect();
     if let Some(code) = roles::dispatch(&arguments) {
         return code;
+    }
+    if roles::is_shim(&arguments) {
+        return match serde_json::to_value(runc_json::features()) {
+            Ok(features) => shim::main(&arguments, &features),
+            Err(error) => output::failed(&error.into()),
+        };
     }
     let cli = match args::Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,

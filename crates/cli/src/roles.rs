@@ -2,9 +2,16 @@
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::ExitCode;
 
 use crate::output;
+
+/// Whether this program was called by the name that containerd knows.
+pub(crate) fn is_shim(arguments: &[OsString]) -> bool {
+    let name = arguments.first().and_then(|program| Path::new(program).file_name());
+    name.is_some_and(|name| name == shim::NAME)
+}
 
 /// Runs the role that `arguments` name; `None` where they name none.
 pub(crate) fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
