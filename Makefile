@@ -15,7 +15,7 @@ SHARE   := $(DESTDIR)/usr/share/kata-containers
 RUNTIMES ?= runc kata-runtime
 RUN_SUITES = cargo run $(CARGO_FLAGS) -q -p suites -- $(addprefix --runtime ,$(RUNTIMES:kata-runtime=kata-runtime=$(BUILD)/bin/kata/kata-runtime)) --config $(BUILD)/config.toml
 CARGO_FLAGS ?= --locked
-SUITES  ?= oci docker crash
+SUITES  ?= oci docker containerd crash
 FILTER  ?=
 
 .DEFAULT_GOAL := help
@@ -74,13 +74,13 @@ bench: ## Measure kata-runtime beside runc
 install: ## Put programs and image in place (PREFIX, DESTDIR) and say how to register the runtime
 	@$(MAKE) --no-print-directory build image
 	@install -D -m 0755 $(HOST) $(DESTDIR)$(PREFIX)/bin/kata
-	@ln -sfn kata $(DESTDIR)$(PREFIX)/bin/kata-runtime
+	@for name in kata-runtime containerd-shim-kata-v2; do ln -sfn kata $(DESTDIR)$(PREFIX)/bin/$$name; done
 	@install -d -m 0755 $(SHARE)
 	@cp $(IMAGE)/* $(SHARE)/
 	@scripts/registration.sh $(PREFIX)/bin/kata-runtime
 
 uninstall: ## Remove what `make install` put in place
-	rm -f $(DESTDIR)$(PREFIX)/bin/kata $(DESTDIR)$(PREFIX)/bin/kata-runtime
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,kata kata-runtime containerd-shim-kata-v2)
 	rm -rf $(SHARE)
 
 clean: ## Remove what was built

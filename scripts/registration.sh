@@ -15,10 +15,9 @@ podman, in /etc/containers/containers.conf:
 
 containerd, in /etc/containerd/config.toml, then restart containerd:
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata]
-    runtime_type = "io.containerd.runc.v2"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata.options]
-      BinaryName = "$1"
-  ctr run --rm --runc-binary $1 IMAGE NAME uname -r
+    runtime_type = "io.containerd.kata.v2"
+  ctr run --rm --runtime io.containerd.kata.v2 IMAGE NAME uname -r
+  (containerd must have the directory of $1 in its PATH)
 
 Check this host first: $1 check
 END

@@ -1,7 +1,7 @@
 //! Black-box suites: what a user of the runtime sees, checked on runc and on ours side by side.
 //!
 //! ```text
-//! suites --runtime runc --runtime kata-runtime=PROGRAM --config FILE oci docker crash
+//! suites --runtime runc --runtime kata-runtime=PROGRAM --config FILE oci docker containerd crash
 //! ```
 //!
 //! Each case runs once for each runtime. A case that cannot run says `SKIPPED: needs ...`; one that fails for a reason
@@ -12,6 +12,7 @@
 
 mod bench;
 mod case;
+mod containerd;
 mod crash;
 mod docker;
 mod known;
@@ -48,7 +49,7 @@ struct Args {
     /// Nobody else uses this machine: every process, mount and link that is left counts.
     #[arg(long)]
     alone: bool,
-    /// The suites: oci, docker, crash, validation, bench.
+    /// The suites: oci, docker, containerd, crash, validation, bench.
     #[arg(required = true)]
     suites: Vec<String>,
 }
@@ -93,11 +94,12 @@ fn run(args: &Args) -> Result<bool> {
         match suite.as_str() {
             "oci" => oci::run(&bench, &mut report),
             "docker" => docker::run(&bench, &mut report)?,
+            "containerd" => containerd::run(&bench, &mut report)?,
             "crash" => crash::run(&bench, &mut report),
             "bench" => bench::run(&bench, &mut report)?,
             "validation" => validation::run(&bench, &mut report)?,
             _ => bail!(
-                "there is no suite `{suite}`; there is: oci, docker, crash, validation, bench"
+                "there is no suite `{suite}`; there is: oci, docker, containerd, crash, validation, bench"
             ),
         }
     }

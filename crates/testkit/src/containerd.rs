@@ -60,6 +60,12 @@ impl Daemon {
         self.child.id()
     }
 
+    /// Kills it.
+    pub fn kill(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+
     /// Asks it to end, and kills it if it does not within 20 seconds.
     pub fn stop(&mut self) {
         if let Some(id) = ProcessId::of(self.child.id()) {
@@ -81,6 +87,15 @@ impl Drop for Daemon {
     }
 }
 
+/// What a containerd shall have beside its defaults.
+#[derive(Debug, Default)]
+pub struct Setup {
+    /// A directory of shims, before all others.
+    pub shims: Option<PathBuf>,
+    /// The CRI plugin's configuration, as TOML; without it there is no CRI plugin.
+    pub cri: Option<String>,
+}
+
 /// A running containerd with its own root, state and socket.
 #[derive(Debug)]
 pub struct Containerd {
@@ -88,6 +103,8 @@ pub struct Containerd {
     /// Its socket.
     pub address: PathBuf,
     dir: PathBuf,
+    netns: Option<String>,
+    setup: Setup,
 }
 
 impl Containerd {
@@ -97,24 +114,47 @@ impl Containerd {
     ///
     /// When containerd is not installed or does not become ready.
     pub fn start(dir: &Path, netns: Option<&str>) -> Result<Self> {
+        Self::start_with(dir, netns, Setup::default())
+    }
+
+    /// As [`Self::start`], with `setup`.
+    ///
+    /// # Errors
+    ///
+    /// When containerd is not installed or does not become ready.
+    pub fn start_with(dir: &Path, netns: Option<&str>, setup: Setup) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let address = dir.join("ctd.sock");
-        let config = format!(
-            "version = 2\nroot = '{0}/root'\nstate = '{0}/state'\n\
-             disabled_plugins = ['io.containerd.grpc.v1.cri']\n[grpc]\naddress = '{0}/ctd.sock'\n",
-            dir.display()
-        );
-        let config_path = dir.join("containerd.toml");
-        fs::write(&config_path, config)?;
-        let mut command = inside(netns, "containerd");
-        command.arg("--config").arg(config_path);
-        let mut daemon = Daemon::start(command, &dir.join("containerd.log"))?;
-        let probe = || {
-            let version = Run::new("ctr").arg("--address").arg(&address).arg("version");
-            version.within(Duration::from_secs(10)).output().is_ok_and(|output| output.code == 0)
+        let cri = match &setup.cri {
+            None => "disabled_plugins = ['io.containerd.grpc.v1.cri']",
+            Some(_) => "",
         };
-        daemon.wait_ready(probe)?;
-        Ok(Self { daemon, address, dir: dir.to_owned() })
+        let config = format!(
+            "version = 2\nroot = '{0}/root'\nstate = '{0}/state'\n{cri}\n\
+             [grpc]\naddress = '{0}/ctd.sock'\n{1}",
+            dir.display(),
+            setup.cri.as_deref().unwrap_or_default()
+        );
+        fs::write(dir.join("containerd.toml"), config)?;
+        let netns = netns.map(str::to_owned);
+        let daemon = daemon(dir, netns.as_deref(), &setup, &address)?;
+        Ok(Self { daemon, address, dir: dir.to_owned(), netns, setup })
+    }
+
+    /// Kills the daemon, whatever it is doing, and starts it again: shims live on meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When it does not become ready.
+    pub fn crash(&mut self) -> Result<()> {
+        self.daemon.kill();
+        self.daemon = daemon(&self.dir, self.netns.as_deref(), &self.setup, &self.address)?;
+        Ok(())
+    }
+
+    /// The end of the daemon's log, for messages.
+    pub fn last_words(&self) -> String {
+        self.daemon.last_words()
     }
 
     /// `ctr` for this containerd.
@@ -123,10 +163,38 @@ impl Containerd {
     }
 }
 
+fn daemon(dir: &Path, netns: Option<&str>, setup: &Setup, address: &Path) -> Result<Daemon> {
+    let mut command = inside(netns, "containerd");
+    command.arg("--config").arg(dir.join("containerd.toml"));
+    if let Some(shims) = &setup.shims {
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}", shims.display()));
+    }
+    let mut daemon = Daemon::start(command, &dir.join("containerd.log"))?;
+    let probe = || {
+        let version = Run::new("ctr").arg("--address").arg(address).arg("version");
+        version.within(Duration::from_secs(10)).output().is_ok_and(|output| output.code == 0)
+    };
+    daemon.wait_ready(probe)?;
+    Ok(daemon)
+}
+
 impl Drop for Containerd {
     fn drop(&mut self) {
         self.daemon.stop();
         end_processes_naming(&self.dir);
+        unmount_below(&self.dir);
+    }
+}
+
+/// Unmounts what a killed daemon or shim left below `dir`; the innermost first.
+pub fn unmount_below(dir: &Path) {
+    let dir = dir.to_string_lossy().into_owned();
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for point in table.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
+        if point.starts_with(&dir) {
+            drop(Run::new("umount").args(["-l", point]).output());
+        }
     }
 }
 

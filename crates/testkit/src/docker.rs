@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::containerd::{Containerd, Daemon, end_processes_naming, inside};
+use crate::containerd::{Containerd, Daemon, end_processes_naming, inside, unmount_below};
 use crate::{Run, Work};
 
 /// A running Docker daemon; ended, with all its containers, when dropped.
@@ -130,14 +130,8 @@ impl Drop for Docker {
         self.daemon.stop();
         drop(self.containerd.take());
         end_processes_naming(&self.dir);
-        // Mounts that a killed daemon left; the innermost first.
-        let dir = self.dir.to_string_lossy().into_owned();
-        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        for point in table.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
-            if point.starts_with(&dir) {
-                drop(Run::new("umount").args(["-l", point]).output());
-            }
-        }
+        // Mounts that a killed daemon left.
+        unmount_below(&self.dir);
         crate::residue::remove_cgroups(&self.mark);
     }
 }

@@ -12,6 +12,7 @@ pub mod bundle;
 pub mod console;
 pub mod containerd;
 pub mod docker;
+pub mod image;
 pub mod residue;
 pub mod run;
 pub mod runtime;

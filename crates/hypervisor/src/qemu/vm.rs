@@ -143,8 +143,7 @@ impl QemuVm {
         self.qmp.forget_events();
     }
 
-    /// Asks the guest to let a device go, and waits until it has. One that it has let go by itself, by switching off the
-    /// power of its slot, is gone already.
+    /// Asks the guest to let a device go, and waits until it has.
     pub(super) async fn unplug(
         &mut self,
         operation: &'static str,
@@ -159,9 +158,6 @@ impl QemuVm {
                     if message.contains("guest is busy") && Instant::now() < deadline =>
                 {
                     sleep(BLINK).await;
-                }
-                Err(Error::Refused { message, .. }) if message.ends_with("not found") => {
-                    return Ok(());
                 }
                 outcome => break drop(outcome?),
             }
