@@ -13,7 +13,7 @@ use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
 use crate::containers::Containers;
 use crate::error::Error;
 use crate::loopback::Loopback;
-use crate::{boot, filesystem, network, resync, since_boot, spec, stats};
+use crate::{boot, filesystem, network, resync, since_boot, spec, stats, uevent};
 
 /// What the service needs.
 #[derive(Debug)]
@@ -175,6 +175,7 @@ impl agent_ttrpc::Agent for Service {
         request: agent::UpdateRequest,
     ) -> ttrpc::Result<Empty> {
         let resources: oci::LinuxResources = spec::resources(&request.resources_json)?;
+        uevent::use_all_cpus();
         done(self.containers.cgroup(&request.container_id)?.limit(&resources))
     }
 

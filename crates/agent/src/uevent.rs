@@ -109,6 +109,18 @@ fn take_into_use(device: &str) {
     }
 }
 
+/// Takes all CPUs into use that have been plugged in, for whoever cannot wait until [`follow`] hears of them.
+pub(crate) fn use_all_cpus() {
+    let devices = fs::read_dir("/sys/devices/system/cpu").into_iter().flatten().flatten();
+    for device in devices.filter_map(|device| device.file_name().into_string().ok()) {
+        let number = device.strip_prefix("cpu").and_then(|number| number.parse::<u32>().ok());
+        // The boot CPU cannot be out of use.
+        if number.is_some_and(|number| number > 0) {
+            take_into_use(&format!("/devices/system/cpu/{device}"));
+        }
+    }
+}
+
 /// Opens a stream to the host and closes it. That fails where there is no device yet (ENODEV: an event will
 /// come), or nobody listens there (then nobody wants to know).
 async fn tell_host() {

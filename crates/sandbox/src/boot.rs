@@ -17,7 +17,7 @@ use crate::config::{AccelerationConfig, Config};
 use crate::error::{Error, ErrorKind};
 use crate::launch::Launch;
 use crate::process::Prepared;
-use crate::resources::{self, Size};
+use crate::resize;
 use crate::sockets::Sockets;
 use crate::template;
 
@@ -97,13 +97,8 @@ pub(crate) fn machine_spec(
     share: PathBuf,
     device_program: (PathBuf, Vec<String>),
 ) -> Result<VmSpec, Error> {
-    let host_cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let host_cpus = u32::try_from(host_cpus).unwrap_or(1);
-    let memory = rustix::system::sysinfo();
-    let memory_mib = memory.totalram.saturating_mul(memory.mem_unit.into()) >> 20;
-    let memory_mib = u32::try_from(memory_mib).unwrap_or(u32::MAX);
-    let host = Size { vcpus: host_cpus, memory_mib };
-    let size = resources::size(limits, &config.sandbox, host);
+    let host = resize::host();
+    let size = resize::size(&[limits.cloned()], &config.sandbox, host);
     let acceleration = match config.hypervisor.qemu.acceleration {
         AccelerationConfig::Kvm => Acceleration::Kvm,
         AccelerationConfig::Tcg => Acceleration::Tcg,
@@ -125,9 +120,9 @@ pub(crate) fn machine_spec(
     Ok(VmSpec {
         acceleration,
         vcpus: size.vcpus,
-        max_vcpus: host_cpus.max(size.vcpus),
+        max_vcpus: host.vcpus.max(size.vcpus),
         memory_mib: size.memory_mib,
-        max_memory_mib: size.memory_mib,
+        max_memory_mib: host.memory_mib.max(size.memory_mib),
         kernel,
         initrd,
         cmdline: config.image.cmdline.clone(),

@@ -24,6 +24,7 @@ mod operations;
 mod outside;
 mod pod;
 mod process;
+mod resize;
 mod resources;
 mod running;
 mod sandbox;
@@ -35,6 +36,7 @@ mod state;
 mod status;
 mod stdio;
 pub mod template;
+mod update;
 
 pub use config::{
     AccelerationConfig, Config, HypervisorConfig, ImageConfig, SandboxConfig, TemplateConfig,

@@ -1,4 +1,4 @@
-//! From a spec's `linux.resources` to the size of the machine and the limits of its host processes. Pure.
+//! From a spec's `linux.resources` to the limits of the machine's host processes. Pure.
 //!
 //! The guest's kernel enforces what the container asked for to the letter: its own cgroup gets the spec's numbers. The
 //! host's cgroup holds the machine as a whole, which is more than the container: its memory limit leaves room for the
@@ -10,49 +10,22 @@ use protocol::oci::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxTh
 use serde_json::Value;
 
 use crate::config::SandboxConfig;
+use crate::resize::with_page_table;
 
 const MIB: u64 = 1 << 20;
 
 /// The kernel's own period for CPU quotas, in microseconds.
-const PERIOD_US: u64 = 100_000;
-
-/// How large a machine is at boot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Size {
-    pub(crate) vcpus: u32,
-    pub(crate) memory_mib: u32,
-}
-
-/// Machines larger than the usual one come in steps of this, so that few shapes, and few templates, serve all limits.
-const STEP_MIB: u32 = 1024;
-
-/// The machine for a container with these limits, on a host of this size, which no machine exceeds.
-///
-/// One with a small memory limit gets the usual machine all the same: its own cgroup in the guest holds it to its limit,
-/// and memory that the guest does not touch costs the host nothing.
-pub(crate) fn size(resources: Option<&LinuxResources>, config: &SandboxConfig, host: Size) -> Size {
-    let quota = resources.and_then(|resources| resources.cpu().as_ref()).and_then(|cpu| {
-        let quota = u64::try_from(cpu.quota()?).ok().filter(|&quota| quota > 0)?;
-        let period = cpu.period().filter(|&period| period > 0).unwrap_or(PERIOD_US);
-        u32::try_from(quota.div_ceil(period)).ok()
-    });
-    let limit = memory_limit(resources).map(|bytes| {
-        let mib = bytes.div_ceil(MIB) + u64::from(config.guest_overhead_mib);
-        let mib = u32::try_from(mib).ok().and_then(|mib| mib.checked_next_multiple_of(STEP_MIB));
-        mib.unwrap_or(u32::MAX)
-    });
-    Size {
-        vcpus: quota.unwrap_or(config.vcpus).clamp(1, host.vcpus.max(1)),
-        memory_mib: limit.unwrap_or_default().min(host.memory_mib).max(config.memory_mib),
-    }
-}
+pub(crate) const PERIOD_US: u64 = 100_000;
 
 /// The limits of the sandbox's host processes.
 pub(crate) fn host_limits(resources: Option<&LinuxResources>, config: &SandboxConfig) -> Limits {
     let Some(resources) = resources else { return Limits::default() };
     let room = (u64::from(config.guest_overhead_mib) + u64::from(config.host_overhead_mib)) * MIB;
-    let with_room =
-        |bytes: i64| if bytes > 0 { bytes.saturating_add(room.cast_signed()) } else { bytes };
+    let with_room = |bytes: i64| {
+        u64::try_from(bytes).ok().filter(|&bytes| bytes > 0).map_or(bytes, |bytes| {
+            i64::try_from(with_page_table(bytes).saturating_add(room)).unwrap_or(i64::MAX)
+        })
+    };
     let memory = resources.memory().as_ref();
     let cpu = resources.cpu().as_ref();
     let block = resources.block_io().as_ref();
@@ -99,8 +72,11 @@ pub(crate) fn joint_limits(all: &[Option<LinuxResources>], config: &SandboxConfi
         each.sum::<Option<i64>>().unwrap_or(-1)
     };
     let room = (u64::from(config.guest_overhead_mib) + u64::from(config.host_overhead_mib)) * MIB;
-    let with_room =
-        |bytes: i64| if bytes < 0 { -1 } else { bytes.saturating_add(room.cast_signed()) };
+    let with_room = |bytes: i64| {
+        u64::try_from(bytes).map_or(-1, |bytes| {
+            i64::try_from(with_page_table(bytes).saturating_add(room)).unwrap_or(i64::MAX)
+        })
+    };
     let memory = sum(&|one| one.memory().as_ref()?.limit());
     let swap = sum(&|one| one.memory().as_ref()?.swap());
     let quota = sum(&|one| {
@@ -127,6 +103,7 @@ pub(crate) fn merged(
         match (old, new) {
             (_, Value::Null) => {}
             (_, Value::Number(zero)) if zero.as_i64() == Some(0) => {}
+            (_, Value::String(empty)) if empty.is_empty() => {}
             (Value::Object(old), Value::Object(new)) => {
                 for (key, value) in new {
                     overlay(old.entry(key).or_insert(Value::Null), value);
@@ -140,48 +117,15 @@ pub(crate) fn merged(
     serde_json::from_value(all).ok()
 }
 
-fn memory_limit(resources: Option<&LinuxResources>) -> Option<u64> {
-    let limit = resources?.memory().as_ref()?.limit()?;
-    u64::try_from(limit).ok().filter(|&limit| limit > 0)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{Size, host_limits, joint_limits, merged, size};
+    use super::{host_limits, joint_limits, merged};
     use crate::config::SandboxConfig;
     use protocol::oci::LinuxResources;
     use serde_json::{Value, json};
 
     fn resources(json: Value) -> LinuxResources {
         serde_json::from_value(json).unwrap()
-    }
-
-    #[test]
-    fn a_machine_has_whole_cpus_and_room_for_its_kernel() {
-        let config = SandboxConfig {
-            vcpus: 1,
-            memory_mib: 2048,
-            guest_overhead_mib: 128,
-            ..SandboxConfig::default()
-        };
-        let cases = [
-            (json!({}), Size { vcpus: 1, memory_mib: 2048 }),
-            (
-                json!({"cpu": {"quota": 150_000, "period": 100_000}}),
-                Size { vcpus: 2, memory_mib: 2048 },
-            ),
-            (json!({"cpu": {"quota": 9_900_000}}), Size { vcpus: 4, memory_mib: 2048 }),
-            (json!({"cpu": {"quota": -1}}), Size { vcpus: 1, memory_mib: 2048 }),
-            (json!({"memory": {"limit": 268_435_456}}), Size { vcpus: 1, memory_mib: 2048 }),
-            (json!({"memory": {"limit": 2_147_483_648_u64}}), Size { vcpus: 1, memory_mib: 3072 }),
-            (json!({"memory": {"limit": 1_u64 << 50}}), Size { vcpus: 1, memory_mib: 16384 }),
-            (json!({"memory": {"limit": -1}}), Size { vcpus: 1, memory_mib: 2048 }),
-        ];
-        let host = Size { vcpus: 4, memory_mib: 16384 };
-        for (json, expected) in cases {
-            assert_eq!(size(Some(&resources(json.clone())), &config, host), expected, "{json}");
-        }
-        assert_eq!(size(None, &config, host), Size { vcpus: 1, memory_mib: 2048 });
     }
 
     #[test]
@@ -199,7 +143,7 @@ mod tests {
             }))),
             &config,
         );
-        assert_eq!(limits.memory, Some((1 << 20) + (128 << 20)));
+        assert_eq!(limits.memory, Some((1 << 20) + (1 << 14) + (128 << 20)));
         assert_eq!((limits.memory_swap, limits.memory_reservation), (Some(-1), None));
         assert_eq!(
             (limits.cpu_shares, limits.cpu_quota, limits.cpuset_cpus),
@@ -218,7 +162,7 @@ mod tests {
             "cpu": {"quota": 25_000, "period": 50_000},
         }));
         let two = joint_limits(&[Some(half.clone()), Some(half.clone())], &config);
-        assert_eq!(two.memory, Some((512 + 128) << 20));
+        assert_eq!(two.memory, Some((512 + 8 + 128) << 20));
         assert_eq!((two.cpu_quota, two.cpu_period), (Some(100_000), Some(100_000)));
         let free = joint_limits(&[Some(half.clone()), None], &config);
         assert_eq!((free.memory, free.memory_swap, free.cpu_quota), (Some(-1), Some(-1), Some(-1)));

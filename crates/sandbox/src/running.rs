@@ -10,7 +10,8 @@ use tokio::task::spawn_local;
 use tracing::{error, info, warn};
 
 use crate::boot::Booted;
-use crate::error::{Chain, Error};
+use crate::error::{Chain, Error, ErrorKind};
+use crate::resize::Size;
 use crate::sandbox::{Sandbox, VmRequest};
 use crate::state::ContainerDir;
 
@@ -78,6 +79,15 @@ impl Running {
                     Some(VmRequest::Detach(id, answer)) => {
                         drop(answer.send(self.vm.detach(&id).await.map_err(Error::from)));
                     }
+                    Some(VmRequest::Resize(size, answer)) => {
+                        let resized = tokio::select! {
+                            resized = self.vm.resize(size.vcpus, size.memory_mib) => resized,
+                            // It may take long, and nobody needs it any more.
+                            () = empty(&self.sandbox), if alone => break,
+                        };
+                        let given = resized.map_err(Error::from).and_then(|got| given(size, got));
+                        drop(answer.send(given));
+                    }
                     Some(VmRequest::Kill) | None => {
                         self.sandbox.all_killed();
                         break;
@@ -91,6 +101,25 @@ impl Running {
         info!("the sandbox ended");
         self.sandbox.orphan()
     }
+}
+
+/// Waits until no container is in the sandbox.
+async fn empty(sandbox: &Sandbox) {
+    let mut changes = sandbox.changes();
+    while !sandbox.is_empty() && changes.changed().await.is_ok() {}
+}
+
+/// Whether a machine has got what it was to get. What it still has beyond that is no error: the guest uses it.
+fn given(wanted: Size, (vcpus, memory_mib): (u32, u32)) -> Result<(), Error> {
+    info!(vcpus, memory_mib, ?wanted, "the machine was resized");
+    if vcpus >= wanted.vcpus && memory_mib >= wanted.memory_mib {
+        return Ok(());
+    }
+    let text = format!(
+        "the virtual machine could not grow to {} vCPUs and {} MiB of memory: it has {vcpus} and {memory_mib} MiB",
+        wanted.vcpus, wanted.memory_mib
+    );
+    Err(Error::Told { text, kind: ErrorKind::Internal })
 }
 
 async fn accept(control: UnixListener, sandbox: Rc<Sandbox>) {

@@ -26,10 +26,12 @@ use crate::error::{Chain, Error};
 use crate::interfaces::Interfaces;
 use crate::loopback::Loopback;
 use crate::operations::settle;
+use crate::resize::{self, Size};
 use crate::resources::joint_limits;
 use crate::sockets::Sockets;
 use crate::state::{ContainerDir, ContainerId, VmDir};
 use crate::status::Status;
+use crate::update;
 
 /// How a container exits that was killed: 128 + SIGKILL.
 pub(crate) const KILLED: u8 = 137;
@@ -46,6 +48,8 @@ pub(crate) enum VmRequest {
     Attach(Device, oneshot::Sender<Result<(), Error>>),
     /// Take the device with this id away.
     Detach(String, oneshot::Sender<Result<(), Error>>),
+    /// Give the machine this size; of what it is to lose it may keep what the guest uses.
+    Resize(Size, oneshot::Sender<Result<(), Error>>),
     /// End the machine.
     Kill,
 }
@@ -58,6 +62,8 @@ pub(crate) struct Sandbox {
     sockets: Sockets,
     dir: VmDir,
     vm: mpsc::Sender<VmRequest>,
+    /// What the machine was last given.
+    size: Cell<Size>,
     pub(crate) ledger: RefCell<Ledger>,
     pub(crate) interfaces: Interfaces,
     containers: RefCell<HashMap<String, Rc<Container>>>,
@@ -83,6 +89,7 @@ impl Sandbox {
         pids.extend(processes.devices);
         // Until a container was created, the one it was made for is to be removed with it.
         let orphan = ContainerId::new(&launch.id).ok().map(|id| launch.vm.container(&id));
+        let size = resize::size(&[launch.resources], &launch.config.sandbox, resize::host());
         let sandbox = Self {
             agent,
             vsock: vm.vsock(),
@@ -90,6 +97,7 @@ impl Sandbox {
             sockets,
             dir: launch.vm,
             vm: vm_requests,
+            size: Cell::new(size),
             ledger: RefCell::new(ledger),
             interfaces: Interfaces::new(launch.netns, Loopback::new(loopback, vm.vsock())),
             containers: RefCell::default(),
@@ -127,6 +135,22 @@ impl Sandbox {
         }
     }
 
+    /// What the machine was last given.
+    pub(crate) fn size(&self) -> Size {
+        self.size.get()
+    }
+
+    /// The machine was given this.
+    pub(crate) fn set_size(&self, size: Size) {
+        self.size.set(size);
+    }
+
+    /// The limits of all containers but one.
+    pub(crate) fn limits_of_others(&self, id: &str) -> Vec<Option<LinuxResources>> {
+        let containers = self.containers.borrow();
+        containers.values().filter(|one| one.id() != id).map(|one| one.resources()).collect()
+    }
+
     /// The container with this id.
     pub(crate) fn container(&self, id: &str) -> Result<Rc<Container>, Error> {
         let container = self.containers.borrow().get(id).cloned();
@@ -156,6 +180,7 @@ impl Sandbox {
         let share = self.dir.share();
         storage::attach(&new.files, &share, &origin, &mut self.ledger.borrow_mut())?;
         let resources = resources_of(&new.spec);
+        self.make_room(id, resources.as_ref()).await?;
         let made = self.create_in_guest(id, new).await;
         if made.is_err() {
             // The first error is the one to tell.
@@ -235,6 +260,9 @@ impl Sandbox {
         self.containers.borrow_mut().remove(container.id());
         self.limit_host();
         self.changed.send_replace(());
+        if !others.is_empty() {
+            self.give_room_back().await;
+        }
     }
 
     /// Limits the machine's processes to what its containers may have together. With one container they are in its own
@@ -245,8 +273,18 @@ impl Sandbox {
         let Some(cgroup) = holder.and_then(|holder| holder.cgroup()) else { return };
         let all: Vec<_> = containers.values().map(|one| one.resources()).collect();
         let shared = self.shared.replace(all.len() > 1) || all.len() > 1;
-        if shared && let Err(error) = cgroup.apply(&joint_limits(&all, &self.config)) {
-            warn!(error = %Chain(&error), "the machine's limits are not those of its containers");
+        if !shared {
+            return;
+        }
+        match update::raise(cgroup, joint_limits(&all, &self.config)) {
+            Ok(lowering) => {
+                if let Some(lowering) = lowering {
+                    lowering.begin();
+                }
+            }
+            Err(error) => {
+                warn!(error = %Chain(&error), "the machine's limits are not those of its containers");
+            }
         }
     }
 

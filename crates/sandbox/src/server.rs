@@ -209,23 +209,6 @@ impl Sandbox {
         Ok(Response::Ended { code, written: [ended.stdout_bytes, ended.stderr_bytes] })
     }
 
-    pub(crate) async fn update(
-        &self,
-        container: &Container,
-        resources: String,
-    ) -> Result<(), Error> {
-        container.check(Operation::Update)?;
-        let parsed: protocol::oci::LinuxResources = serde_json::from_str(&resources)
-            .map_err(|error| Error::invalid(format!("resources: {error}")))?;
-        if let Some(cgroup) = container.cgroup() {
-            cgroup.apply(&crate::resources::host_limits(Some(&parsed), &self.config))?;
-        }
-        self.agent.update(container.id(), resources).await?;
-        container.update_resources(&parsed);
-        self.limit_host();
-        Ok(())
-    }
-
     async fn processes(&self, container: &Container) -> Result<Processes, Error> {
         let answer = self.agent.processes(container.id()).await?;
         let guest = answer

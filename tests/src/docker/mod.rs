@@ -4,6 +4,7 @@ mod lifecycle;
 mod limits;
 mod names;
 mod network;
+mod resources;
 mod shared;
 mod storage;
 
@@ -132,13 +133,14 @@ impl Drop for Running<'_> {
 
 /// Runs the suite.
 pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
-    let all: [&[Case<Docker>]; 6] = [
+    let all: [&[Case<Docker>]; 7] = [
         lifecycle::CASES,
         network::CASES,
         names::CASES,
         shared::CASES,
         storage::CASES,
         limits::CASES,
+        resources::CASES,
     ];
     if bench.list || !all.iter().any(|cases| bench.wants(cases)) {
         for cases in all {

@@ -43,8 +43,10 @@ const KERNEL: &str = "console=ttyS0 quiet panic=-1 reboot=t cryptomgr.notests ra
                       no_timer_check tsc=reliable audit=0 i8042.noaux i8042.nokbd";
 
 /// The kernel's parameters where memory can be added: it is used as soon as it is there, movable as far as the
-/// kernel's own needs leave room, so that it can be taken away again.
-const KERNEL_MEMORY: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+/// kernel's own needs leave room, so that it can be taken away again. No bounce buffers, 64 MiB that the kernel else takes
+/// where memory may lie beyond 4 GiB: no device needs them.
+const KERNEL_MEMORY: &str =
+    "memhp_default_state=online memory_hotplug.online_policy=auto-movable swiotlb=noforce";
 
 /// The emulator's cache of translated code, in MiB: a bound, taken only as it fills. Booting takes some 40.
 const TRANSLATION_CACHE: u32 = 256;

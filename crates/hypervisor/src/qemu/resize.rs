@@ -9,11 +9,22 @@ use super::NAME;
 use super::vm::QemuVm;
 use crate::Error;
 
-/// For the guest to take or give memory. What it has not done by then it may still do later.
-const MEMORY: Duration = Duration::from_secs(30);
+/// For the guest to take memory.
+const PLUG: Duration = Duration::from_mins(1);
 
-/// For a guest to move all work off a vCPU.
-const UNPLUG_CPU: Duration = Duration::from_secs(30);
+/// For the guest to give memory. What it has not given by then it may still give later.
+const UNPLUG_MEMORY: Duration = Duration::from_secs(5);
+
+/// For a guest to notice a new vCPU, or to move all work off one.
+const CPU: Duration = Duration::from_secs(30);
+
+/// ACPI 6.5, table 6.62, and section 5.6.6: what the host had asked for.
+mod source {
+    /// To look at a device that is new.
+    pub(super) const CHECK: u64 = 1;
+    /// To let one go.
+    pub(super) const EJECTION: u64 = 3;
+}
 
 const MIB: u64 = 1 << 20;
 
@@ -51,8 +62,10 @@ impl QemuVm {
                 let mut options = slot.props.clone();
                 options["driver"] = slot.r#type.clone().into();
                 options["id"] = cpu(number).into();
+                self.forget_events();
                 self.command(OPERATION, "device_add", options).await?;
                 self.shape.vcpus += 1;
+                self.guest_has_seen(OPERATION, number, source::CHECK).await?;
             }
         }
         for (number, slot) in slots.iter().enumerate().rev() {
@@ -73,30 +86,38 @@ impl QemuVm {
     }
 
     /// Asks the guest to let a vCPU go, and waits until it has.
-    ///
-    /// The sign is the guest's own report, ACPI's `_OST`: under emulation QEMU 7.2 keeps the vCPU's object, and never says
-    /// that it was deleted.
     async fn unplug_cpu(&mut self, operation: &'static str, number: usize) -> Result<(), Error> {
-        /// ACPI 6.5, table 6.62: an ejection that was asked for by the host.
-        const EJECTION: u64 = 3;
-        /// ACPI 6.5, table 6.64: it goes on.
-        const IN_PROGRESS: u64 = 0x84;
         self.forget_events();
         self.command(operation, "device_del", json!({ "id": cpu(number) })).await?;
+        self.guest_has_seen(operation, number, source::EJECTION).await
+    }
+
+    /// Waits until the guest has done with a vCPU what it was asked for.
+    ///
+    /// The sign is the guest's own report, ACPI's `_OST`: of a vCPU that went QEMU 7.2 keeps the object under emulation, and
+    /// never says that it was deleted.
+    async fn guest_has_seen(
+        &mut self,
+        operation: &'static str,
+        number: usize,
+        asked: u64,
+    ) -> Result<(), Error> {
+        /// ACPI 6.5, table 6.64: it goes on.
+        const IN_PROGRESS: u64 = 0x84;
         let status = |data: &Value| {
             let info = data.get("info")?;
             let ours = info.get("slot")?.as_str()? == number.to_string()
-                && info.get("source")?.as_u64()? == EJECTION;
+                && info.get("source")?.as_u64()? == asked;
             info.get("status")?.as_u64().filter(|status| ours && *status != IN_PROGRESS)
         };
         let report = |name: &str, data: &Value| name == "ACPI_DEVICE_OST" && status(data).is_some();
-        let report = self.event(operation, UNPLUG_CPU, report).await?;
+        let report = self.event(operation, CPU, report).await?;
         match status(&report) {
             Some(0) => Ok(()),
             status => Err(Error::Refused {
                 driver: NAME,
                 operation,
-                message: format!("the guest keeps vCPU {number} (ACPI status {status:?})"),
+                message: format!("the guest refuses for vCPU {number} (ACPI status {status:?})"),
             }),
         }
     }
@@ -118,7 +139,8 @@ impl QemuVm {
             name == "MEMORY_DEVICE_SIZE_CHANGE"
                 && data.get("size").and_then(Value::as_u64) == Some(bytes)
         };
-        match self.event(OPERATION, MEMORY, done).await {
+        let deadline = if extra > self.shape.extra_memory_mib { PLUG } else { UNPLUG_MEMORY };
+        match self.event(OPERATION, deadline, done).await {
             // A guest that uses its memory cannot give it.
             Ok(_) | Err(Error::Timeout { .. }) => {}
             Err(error) => return Err(error),
