@@ -22,7 +22,7 @@ use crate::process::{Exit, Output, Process};
 use crate::reaper::Reaper;
 use crate::sockets::Sockets;
 use crate::stdio::{self, End, Source, Streams};
-use crate::{shm, spec, sys, watch};
+use crate::{disks, shm, spec, sys, watch};
 
 /// How long killed processes may take to go, and paused ones to stop.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -60,6 +60,7 @@ impl Containers {
         spec::check_id(&id)?;
         let mut spec = spec::container(&request.spec_json)?;
         self.find_shared_namespaces(&mut spec)?;
+        disks::place(&mut spec, &request.disks).await?;
         shm::share(&mut spec)?;
         let spec = Arc::new(spec);
         if self.table().contains_key(&id) {

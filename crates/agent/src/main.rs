@@ -13,6 +13,7 @@ mod console;
 mod container;
 mod containers;
 mod devices;
+mod disks;
 mod error;
 mod filesystem;
 mod init;

@@ -86,7 +86,7 @@ pub fn create(request: &Create<'_>) -> Result<Created, Error> {
             record.annotations = annotations;
             record.hooks.clone_from(bundle.spec.hooks());
             dir.write(&record)?;
-            let shared = shared_namespaces(&bundle.spec, &dir);
+            let shared = shared_namespaces(&bundle.spec, &dir)?;
             let spec =
                 bundle.for_guest(&files.guest_root, &files.guest_mounts, &shared).to_string();
             let init = Init {
@@ -112,7 +112,10 @@ fn plan_files(request: &Create<'_>) -> Result<storage::Plan, Error> {
         bundle: &request.bundle.path,
         spec: &request.bundle.spec,
     };
-    let files = storage::plan(&input, storage::probe)?;
+    let mut files = storage::plan(&input, storage::probe)?;
+    if !request.bundle.gives_all_devices() {
+        files.disks = storage::disks(&request.bundle.spec)?;
+    }
     for warning in &files.warnings {
         tracing::warn!("{warning}");
     }
@@ -130,7 +133,7 @@ pub(crate) fn network_namespace(spec: &Spec) -> Option<PathBuf> {
 
 /// Which namespaces the spec shares with other containers of the VM. Callers name them by `/proc/<pid>/ns/<type>` of the
 /// process that stands for the other container.
-fn shared_namespaces(spec: &Spec, dir: &ContainerDir) -> Vec<SharedNamespace> {
+fn shared_namespaces(spec: &Spec, dir: &ContainerDir) -> Result<Vec<SharedNamespace>, Error> {
     let siblings: Vec<_> = dir
         .vm()
         .containers()
@@ -139,15 +142,32 @@ fn shared_namespaces(spec: &Spec, dir: &ContainerDir) -> Vec<SharedNamespace> {
         .filter_map(|record| Some((record.process?.pid, record.id)))
         .collect();
     let namespaces = spec.linux().iter().flat_map(|linux| linux.namespaces().iter().flatten());
-    namespaces
-        .filter(|namespace| namespace.typ() != LinuxNamespaceType::Network)
-        .filter_map(|namespace| {
-            let path = namespace.path().as_ref()?.strip_prefix("/proc").ok()?;
-            let pid: u32 = path.iter().next()?.to_str()?.parse().ok()?;
-            let (_, container) = siblings.iter().find(|(known, _)| *known == pid)?;
-            Some(SharedNamespace { kind: namespace.typ(), container: container.clone() })
-        })
-        .collect()
+    let sibling = |path: &Path| {
+        let path = path.strip_prefix("/proc").ok()?;
+        let pid: u32 = path.iter().next()?.to_str()?.parse().ok()?;
+        siblings.iter().find(|(known, _)| *known == pid).map(|(_, container)| container.clone())
+    };
+    let mut shared = Vec::new();
+    for namespace in namespaces {
+        let kind = namespace.typ();
+        let path = namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty());
+        let Some(path) = path.filter(|_| kind != LinuxNamespaceType::Network) else { continue };
+        let container = sibling(path).ok_or_else(|| Error::Unsupported {
+            what: format!(
+                "the {kind} namespace {} is not one of the container's own VM and cannot be joined; without a path \
+                 the container gets a new one, and without the namespace the VM's",
+                path.display()
+            ),
+        })?;
+        shared.push(SharedNamespace { kind, container });
+    }
+    Ok(shared)
+}
+
+/// What the guest is called: as the host, where the container has no name of its own (`docker run --uts host`).
+fn hostname(spec: &Spec) -> String {
+    let name = spec.hostname().clone().filter(|name| !name.is_empty());
+    name.unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned())
 }
 
 fn container_hooks(bundle: &Bundle) -> Vec<protocol::oci::Hook> {
@@ -281,7 +301,7 @@ impl Start<'_> {
             let launch = Launch {
                 vm: self.dir.vm().clone(),
                 id: self.request.id.as_str().to_owned(),
-                hostname: bundle.spec.hostname().clone().unwrap_or_default(),
+                hostname: hostname(&bundle.spec),
                 resources: bundle.resources().cloned(),
                 cgroups,
                 netns,

@@ -13,6 +13,7 @@ mod console;
 mod container;
 mod control;
 mod create;
+mod disks;
 mod embedded;
 mod error;
 mod exec;

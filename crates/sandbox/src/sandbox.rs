@@ -22,6 +22,7 @@ use crate::boot::Booted;
 use crate::config::SandboxConfig;
 use crate::container::Container;
 use crate::control::{NewContainer, Response};
+use crate::disks::Disks;
 use crate::error::{Chain, Error};
 use crate::interfaces::Interfaces;
 use crate::loopback::Loopback;
@@ -60,6 +61,7 @@ pub(crate) struct Sandbox {
     pub(crate) vsock: VsockAddress,
     pub(crate) config: SandboxConfig,
     sockets: Sockets,
+    disks: Disks,
     dir: VmDir,
     vm: mpsc::Sender<VmRequest>,
     /// What the machine was last given.
@@ -95,6 +97,7 @@ impl Sandbox {
             vsock: vm.vsock(),
             config: launch.config.sandbox,
             sockets,
+            disks: Disks::default(),
             dir: launch.vm,
             vm: vm_requests,
             size: Cell::new(size),
@@ -185,6 +188,7 @@ impl Sandbox {
         if made.is_err() {
             // The first error is the one to tell.
             drop(storage::detach(id, &share));
+            drop(self.unplug_disks(id).await);
             self.sockets.forget(id);
         }
         let tokens = made?.into();
@@ -216,9 +220,34 @@ impl Sandbox {
             streams: Some(streams(new.streams)).into(),
             tty_size: new.size.map(tty_size).into(),
             sockets: self.sockets.add(id, &new.files.sockets)?,
+            disks: self.plug_disks(id, &new.files.disks).await?,
             ..Default::default()
         };
         self.agent.create(request).await
+    }
+
+    async fn plug_disks(
+        &self,
+        id: &str,
+        wanted: &[storage::Disk],
+    ) -> Result<Vec<wire::Disk>, Error> {
+        let mut told = Vec::new();
+        for disk in wanted {
+            let serial = self.disks.name(id);
+            let (path, read_only) = (disk.source.clone(), disk.read_only);
+            let device = Device::Disk { serial: serial.clone(), path, read_only };
+            self.ask_vm(|answer| VmRequest::Attach(device, answer)).await?;
+            let path = disk.path.to_string_lossy().into_owned();
+            told.push(wire::Disk { serial, path, ..Default::default() });
+        }
+        Ok(told)
+    }
+
+    async fn unplug_disks(&self, id: &str) -> Result<(), Error> {
+        for serial in self.disks.take(id) {
+            self.ask_vm(|answer| VmRequest::Detach(serial, answer)).await?;
+        }
+        Ok(())
     }
 
     /// Asks the machine's owner, and waits until it is done.
@@ -303,7 +332,10 @@ impl Sandbox {
 
     /// Takes from the guest and the share what a container that has ended had there, while others go on.
     async fn clear(&self, container: &Container, other: &Container) {
-        let cleared = self.agent.remove(container.id()).await;
+        let mut cleared = self.agent.remove(container.id()).await;
+        if cleared.is_ok() {
+            cleared = self.unplug_disks(container.id()).await;
+        }
         let cleared = cleared
             .and_then(|()| Ok(storage::detach(container.id(), &self.dir.share())?))
             .and_then(|()| self.move_to(container, other));

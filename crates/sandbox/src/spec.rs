@@ -14,10 +14,28 @@ use crate::error::Error;
 /// The newest minor version of the spec that is known to bring nothing that we would overlook.
 const NEWEST: (u32, u32) = (1, 3);
 
-/// The host devices by major and minor number that every guest has too: null, zero, full, random, urandom, tty, console,
-/// ptmx, tun, fuse, kmsg.
-const GUEST_HAS: [(i64, i64); 11] =
-    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
+/// The character devices by major and minor number that a guest's kernel makes as the host's does: null, zero, full,
+/// random, urandom, kmsg, tty, console, ptmx, tun, cuse, fuse, btrfs-control, mapper/control, loop-control, vhost-net,
+/// vhost-vsock.
+const GUEST_HAS: [(i64, i64); 17] = [
+    (1, 3),
+    (1, 5),
+    (1, 7),
+    (1, 8),
+    (1, 9),
+    (1, 11),
+    (5, 0),
+    (5, 1),
+    (5, 2),
+    (10, 200),
+    (10, 203),
+    (10, 229),
+    (10, 234),
+    (10, 236),
+    (10, 237),
+    (10, 238),
+    (10, 241),
+];
 
 /// A namespace that a container shares with another one of its sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -176,12 +194,15 @@ impl Bundle {
             return Ok(());
         }
         for device in linux.devices().iter().flatten() {
-            let known = matches!(device.typ(), LinuxDeviceType::P)
-                || GUEST_HAS.contains(&(device.major(), device.minor()));
+            let known = match device.typ() {
+                LinuxDeviceType::P | LinuxDeviceType::B => true,
+                _ => GUEST_HAS.contains(&(device.major(), device.minor())),
+            };
             if !known {
                 return Err(Error::Unsupported {
                     what: format!(
-                        "device {} ({}:{}) of the host cannot be given to a VM",
+                        "device {} ({}:{}) of the host cannot be given to a VM; block devices can, and those that a \
+                         guest's kernel makes itself, like /dev/fuse and /dev/net/tun",
                         device.path().display(),
                         device.major(),
                         device.minor()
@@ -194,7 +215,7 @@ impl Bundle {
 
     /// Whether the spec lets the container use every device, as `docker run --privileged` does. Such a container gets
     /// the guest's devices, and none of the host's.
-    fn gives_all_devices(&self) -> bool {
+    pub(crate) fn gives_all_devices(&self) -> bool {
         let rules = self.json.pointer("/linux/resources/devices").and_then(Value::as_array);
         rules.is_some_and(|rules| {
             rules.iter().any(|rule| {
@@ -252,7 +273,9 @@ impl Bundle {
         if let Some(devices) = spec.pointer_mut("/linux/devices").and_then(Value::as_array_mut) {
             devices.retain(|device| {
                 let number = (device["major"].as_i64(), device["minor"].as_i64());
-                !all || GUEST_HAS.iter().any(|&(major, minor)| number == (Some(major), Some(minor)))
+                let guests = |&(major, minor)| number == (Some(major), Some(minor));
+                // The agent adds the guest's own.
+                !all || (device["type"] != "b" && GUEST_HAS.iter().any(guests))
             });
         }
         spec
@@ -395,10 +418,10 @@ mod tests {
     fn a_host_device_is_refused_unless_the_container_is_privileged() {
         let mut json = spec();
         json["linux"]["devices"] = json!([
-            {"path": "/dev/vda", "type": "b", "major": 254, "minor": 0},
+            {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232},
             {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
         ]);
-        assert!(load(&json).unwrap_err().contains("/dev/vda (254:0)"));
+        assert!(load(&json).unwrap_err().contains("/dev/kvm (10:232)"));
         json["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
         let guest = load(&json).unwrap().for_guest("/r", &[], &[]);
         assert_eq!(guest["linux"]["devices"].as_array().unwrap().len(), 1);

@@ -21,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+mod disks;
 mod plan;
 mod probe;
 mod view;
@@ -33,6 +34,7 @@ use protocol::oci;
 use serde::{Deserialize, Serialize};
 
 pub use attach::{attach, detach, share_file};
+pub use disks::{Disk, disks};
 pub use plan::plan;
 pub use probe::probe;
 pub use view::enter_view;
@@ -94,6 +96,8 @@ pub struct Plan {
     pub guest_mounts: Vec<oci::Mount>,
     /// The host's sockets that the guest's mounts have as sources.
     pub sockets: Vec<Socket>,
+    /// The host's block devices that the guest has as disks.
+    pub disks: Vec<Disk>,
     /// What the user should know, one sentence each.
     pub warnings: Vec<String>,
 }

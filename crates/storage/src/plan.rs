@@ -61,6 +61,7 @@ pub fn plan(
         guest_root,
         guest_mounts: Vec::new(),
         sockets: Vec::new(),
+        disks: Vec::new(),
         warnings: Vec::new(),
     };
     let mounts = input.spec.mounts().as_deref().unwrap_or_default();

@@ -4,9 +4,11 @@ mod lifecycle;
 mod limits;
 mod names;
 mod network;
+mod privileges;
 mod resources;
 mod shared;
 mod storage;
+mod volumes;
 
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -133,12 +135,14 @@ impl Drop for Running<'_> {
 
 /// Runs the suite.
 pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
-    let all: [&[Case<Docker>]; 7] = [
+    let all: [&[Case<Docker>]; 9] = [
         lifecycle::CASES,
         network::CASES,
         names::CASES,
         shared::CASES,
         storage::CASES,
+        volumes::CASES,
+        privileges::CASES,
         limits::CASES,
         resources::CASES,
     ];

@@ -56,7 +56,56 @@ pub(super) fn make(root: BorrowedFd<'_>, spec: &Spec, user: bool) -> Result<(), 
     for device in given {
         make_node(root, &node(device)?, user)?;
     }
+    if !user && allows_all(spec) {
+        make_guests_own(root)?;
+    }
     make_links(root)
+}
+
+/// Whether the spec lets the container use every device, as privileged ones may.
+fn allows_all(spec: &Spec) -> bool {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let any = |number: Option<i64>| number.is_none_or(|number| number == -1);
+    rules.iter().any(|rule| {
+        let kind = rule.typ().unwrap_or(LinuxDeviceType::A);
+        rule.allow() && kind == LinuxDeviceType::A && any(rule.major()) && any(rule.minor())
+    })
+}
+
+/// Devices whose first use brings their module along: until then the guest's kernel shows no node of them.
+const LOADED: [(&str, FileType, u32, u32); 6] = [
+    ("/dev/fuse", FileType::CharacterDevice, 10, 229),
+    ("/dev/net/tun", FileType::CharacterDevice, 10, 200),
+    ("/dev/loop-control", FileType::CharacterDevice, 10, 237),
+    ("/dev/mapper/control", FileType::CharacterDevice, 10, 236),
+    ("/dev/loop0", FileType::BlockDevice, 7, 0),
+    ("/dev/loop1", FileType::BlockDevice, 7, 1),
+];
+
+/// Makes the devices that the guest has, as a privileged container has its host's.
+fn make_guests_own(root: BorrowedFd<'_>) -> Result<(), Failure> {
+    for (path, kind, major, minor) in LOADED {
+        let mode = if path.ends_with("tun") { 0o666 } else { 0o600 };
+        let path = Path::new(path);
+        make_node(root, &Node { path, kind, major, minor, mode, owner: (0, 0) }, false)?;
+    }
+    let list = || "list /dev".to_owned();
+    for entry in fs::read_dir("/dev").during(list)? {
+        let path = entry.during(list)?.path();
+        let Ok(stat) = rustix::fs::lstat(&path) else { continue };
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let is_device = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
+        // The container's console is a terminal of its own.
+        if !is_device || path.ends_with("console") || path.ends_with("ptmx") {
+            continue;
+        }
+        let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+        let owner = (stat.st_uid, stat.st_gid);
+        let node = Node { path: &path, kind, major, minor, mode: stat.st_mode & 0o777, owner };
+        make_node(root, &node, false)?;
+    }
+    Ok(())
 }
 
 fn node(device: &LinuxDevice) -> Result<Node<'_>, Failure> {
