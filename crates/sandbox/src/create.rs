@@ -66,7 +66,7 @@ pub struct Created {
 pub fn create(request: &Create<'_>) -> Result<Created, Error> {
     let annotations = request.bundle.spec.annotations().clone().unwrap_or_default();
     let config = request.config.clone().with_annotations(&annotations)?;
-    let files = plan_files(request)?;
+    let files = plan_files(request.id, request.bundle)?;
     let netns = network_namespace(&request.bundle.spec);
     let joined = netns.as_ref().and_then(|path| {
         let metadata = fs::metadata(path).ok()?;
@@ -106,15 +106,13 @@ pub fn create(request: &Create<'_>) -> Result<Created, Error> {
     created
 }
 
-fn plan_files(request: &Create<'_>) -> Result<storage::Plan, Error> {
-    let input = storage::Input {
-        container_id: request.id.as_str(),
-        bundle: &request.bundle.path,
-        spec: &request.bundle.spec,
-    };
+/// What the guest will see of the files of the caller's mount namespace.
+pub(crate) fn plan_files(id: &ContainerId, bundle: &Bundle) -> Result<storage::Plan, Error> {
+    let input =
+        storage::Input { container_id: id.as_str(), bundle: &bundle.path, spec: &bundle.spec };
     let mut files = storage::plan(&input, storage::probe)?;
-    if !request.bundle.gives_all_devices() {
-        files.disks = storage::disks(&request.bundle.spec)?;
+    if !bundle.gives_all_devices() {
+        files.disks = storage::disks(&bundle.spec)?;
     }
     for warning in &files.warnings {
         tracing::warn!("{warning}");

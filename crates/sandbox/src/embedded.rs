@@ -24,7 +24,7 @@ use tracing::warn;
 use crate::boot;
 use crate::config::Config;
 use crate::control::{NewContainer, Response, Stats};
-use crate::create::{network_namespace, run_runtime_hooks};
+use crate::create::{network_namespace, plan_files, run_runtime_hooks};
 use crate::error::{Chain, Error};
 use crate::hooks;
 use crate::launch::Launch;
@@ -205,19 +205,7 @@ impl Sandbox {
     /// What the guest will see of the host's files, as they are now outside.
     async fn plan(&self, id: &ContainerId, bundle: &Bundle) -> Result<storage::Plan, Error> {
         let (id, bundle) = (id.clone(), bundle.clone());
-        let plan = move || {
-            let input = storage::Input {
-                container_id: id.as_str(),
-                bundle: &bundle.path,
-                spec: &bundle.spec,
-            };
-            Ok(storage::plan(&input, storage::probe)?)
-        };
-        let files = self.0.outside.run(plan).await?;
-        for warning in &files.warnings {
-            warn!("{warning}");
-        }
-        Ok(files)
+        self.0.outside.run(move || plan_files(&id, &bundle)).await
     }
 
     /// The namespaces that the first container's are: those that are named by this process's, which stands for it.

@@ -123,6 +123,7 @@ mod tests {
                 mount("/proc", "proc"),
             ],
             sockets: Vec::new(),
+            disks: Vec::new(),
             warnings: Vec::new(),
         };
         // A mount namespace is a thread's; this one ends with it.
