@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::ErrorKind as IoKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use protocol::oci::{LinuxDeviceType, LinuxNamespaceType, LinuxResources, Process, Spec};
@@ -170,20 +171,25 @@ impl Bundle {
             seen.push(namespace.typ());
             if let Some(path) = namespace.path()
                 && namespace.typ() == LinuxNamespaceType::Network
-                && !path.exists()
+                && let Err(error) = fs::metadata(path)
             {
+                if error.kind() != IoKind::NotFound {
+                    return Err(Error::host("open network namespace", path)(error));
+                }
                 return Err(Error::invalid(format!(
                     "network namespace {} does not exist",
                     path.display()
                 )));
             }
+            if let Some(path) = namespace.path()
+                && namespace.typ() == LinuxNamespaceType::Network
+                && is_hosts(path)
+            {
+                return Err(host_network(&format!("{} is the host's own", path.display())));
+            }
         }
         if !seen.contains(&LinuxNamespaceType::Network) {
-            return Err(Error::Unsupported {
-                what: "a container in a VM cannot share the host's network (no `network` in linux.namespaces); use a \
-                       bridge network or none"
-                    .into(),
-            });
+            return Err(host_network("config.json has no `network` in linux.namespaces"));
         }
         if !seen.contains(&LinuxNamespaceType::Mount) {
             return Err(Error::invalid(
@@ -280,6 +286,21 @@ impl Bundle {
         }
         spec
     }
+}
+
+/// Whether a network namespace is that of this host, or of this process: moving its traffic would cut the host off.
+fn is_hosts(path: &Path) -> bool {
+    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
+    let hosts = ["/proc/self/ns/net", "/proc/1/ns/net"].map(|path| identity(Path::new(path)));
+    identity(path).is_some_and(|given| hosts.contains(&Some(given)))
+}
+
+fn host_network(found: &str) -> Error {
+    let what = format!(
+        "a container in a VM cannot share the host's network, as `--network host` asks: {found}; use a bridge network, \
+         with published ports (`-p`) for what the host shall reach, or `--network none`"
+    );
+    Error::Unsupported { what }
 }
 
 /// A `process` object that a program can be run from: `process.json` of an exec, or the spec's.
@@ -391,6 +412,14 @@ mod tests {
             assert!(error.contains(words), "{pointer} = {value}: {error}");
         }
         assert!(load(&spec()).is_ok());
+    }
+
+    #[test]
+    fn the_hosts_own_network_namespace_is_refused() {
+        let mut json = spec();
+        json["linux"]["namespaces"][1]["path"] = "/proc/self/ns/net".into();
+        let error = load(&json).unwrap_err();
+        assert!(error.contains("--network host") && error.contains("/proc/self/ns/net"), "{error}");
     }
 
     #[test]

@@ -1,16 +1,19 @@
 //! The bridge, published ports, names, and no network at all.
 
+use std::net::UdpSocket;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use testkit::eventually;
 
 use super::{Docker, Running};
-use crate::case::{Case, case, has, same};
+use crate::case::{Case, case, has, same, skip};
 
 pub(super) const CASES: &[Case<Docker>] = &[
     case("the interface has the address, MAC, MTU and route that inspect tells", interface),
     case("a published port is reached from the host", published),
+    case("a published UDP port is reached from the host", published_udp),
     case("a container reaches another by its address", neighbours),
     case("--network none has a loopback and nothing else", no_network),
     case("resolv.conf, hosts and hostname are Docker's", names),
@@ -58,6 +61,33 @@ fn published(docker: &Docker) -> Result<()> {
     let output = docker.host("curl -sS --max-time 5 http://127.0.0.1:18080/").output()?;
     ensure!(output.code != 0, "the port is still served: {output}");
     Ok(())
+}
+
+fn published_udp(docker: &Docker) -> Result<()> {
+    // The image has no server for UDP: the host's, with the host's libraries.
+    const LIBRARIES: &str = "/usr/lib/x86_64-linux-gnu";
+    if !Path::new("/usr/bin/socat").exists() || !Path::new(LIBRARIES).exists() {
+        return Err(skip("Debian's socat on x86-64"));
+    }
+    let line = format!(
+        "echo serving; exec /host{LIBRARIES}/ld-linux-x86-64.so.2 --library-path /host{LIBRARIES} \
+         /host/usr/bin/socat UDP-LISTEN:53,fork PIPE"
+    );
+    let flags = ["-p", "18053:53/udp", "-v", "/usr:/host/usr:ro"];
+    let container = docker.start(&flags, &line)?;
+    container.wait_for_log("serving")?;
+    let socket = linux::namespace::inside(&docker.host_netns(), || UdpSocket::bind("0.0.0.0:0"))?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    for host in ["127.0.0.1:18053", "172.31.250.1:18053"] {
+        eventually(Duration::from_mins(1), &format!("{host} answers"), || {
+            socket.send_to(b"echo", host)?;
+            let mut text = [0; 16];
+            // Datagrams may be lost before the server is there.
+            let heard = socket.recv(&mut text).is_ok_and(|length| &text[..length] == b"echo");
+            Ok(heard.then_some(()))
+        })?;
+    }
+    container.remove()
 }
 
 fn neighbours(docker: &Docker) -> Result<()> {
