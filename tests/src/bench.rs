@@ -2,6 +2,7 @@
 
 mod figures;
 mod rig;
+mod services;
 
 use std::fs;
 use std::time::Instant;
@@ -15,7 +16,7 @@ use crate::report::Report;
 use figures::Figures;
 use rig::{Servers, boot_phases, pss_kib, seconds_inside};
 
-/// One part of the measurement: `--filter run`, `inside` or `docker` chooses one.
+/// One part of the measurement: `--filter run`, `inside`, `docker` or `services` chooses one.
 type Part = fn(&Bench, &mut Figures, &mut Report) -> Result<()>;
 
 /// How often each thing is measured on each runtime.
@@ -25,8 +26,12 @@ const ROUNDS: usize = 5;
 pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let names: Vec<_> = bench.runtimes.iter().map(|runtime| runtime.name.clone()).collect();
     let mut figures = Figures::new(names);
-    let parts: [(&str, Part); 3] =
-        [("run", command_line), ("inside", inside), ("docker", with_docker)];
+    let parts: [(&str, Part); 4] = [
+        ("run", command_line),
+        ("inside", inside),
+        ("docker", with_docker),
+        ("services", with_services),
+    ];
     for (name, part) in parts {
         if bench.filter.as_deref().is_none_or(|word| name.contains(word)) {
             part(bench, &mut figures, report)?;
@@ -126,14 +131,13 @@ fn files(figures: &mut Figures, runtime: &Runtime, container: &Container) -> Res
     Ok(())
 }
 
-/// `docker run --rm`, and TCP through the bridge.
-fn with_docker(bench: &Bench, figures: &mut Figures, report: &mut Report) -> Result<()> {
+/// A Docker daemon with the runtimes; nothing where Docker is not installed.
+fn daemon(bench: &Bench, report: &mut Report) -> Result<Option<docker::Docker>> {
     let missing = docker::missing_programs();
     if !missing.is_empty() {
         report.say(&format!("SKIPPED: Docker's figures need {}", missing.join(", ")));
-        return Ok(());
+        return Ok(None);
     }
-    report.say("bench: docker run and TCP");
     let bin = bench.work.path().join("bin");
     let programs: Vec<_> = bench
         .runtimes
@@ -141,7 +145,13 @@ fn with_docker(bench: &Bench, figures: &mut Figures, report: &mut Report) -> Res
         .map(|runtime| Ok((runtime.name.as_str(), runtime.registrable(&bin)?)))
         .collect::<Result<_>>()?;
     let registered: Vec<_> = programs.iter().map(|(name, path)| (*name, path.as_path())).collect();
-    let docker = docker::Docker::start(&bench.work, &registered)?;
+    docker::Docker::start(&bench.work, &registered).map(Some)
+}
+
+/// `docker run --rm`, and TCP through the bridge.
+fn with_docker(bench: &Bench, figures: &mut Figures, report: &mut Report) -> Result<()> {
+    report.say("bench: docker run and TCP");
+    let Some(docker) = daemon(bench, report)? else { return Ok(()) };
     for _ in 0..ROUNDS {
         for runtime in &bench.runtimes {
             let began = Instant::now();
@@ -159,6 +169,26 @@ fn with_docker(bench: &Bench, figures: &mut Figures, report: &mut Report) -> Res
                 let what = format!("TCP through the bridge, {direction}");
                 figures.add(&what, "Mbit/s", &runtime.name, rate);
             }
+        }
+    }
+    Ok(())
+}
+
+/// Network, web server, database and disk in a Docker container.
+fn with_services(bench: &Bench, figures: &mut Figures, report: &mut Report) -> Result<()> {
+    let there =
+        |name: &&str| Run::new("sh").args(["-c", "command -v \"$1\"", "sh", name]).text().is_ok();
+    if let Some(program) = services::PROGRAMS.iter().find(|name| !there(name)) {
+        report.say(&format!("SKIPPED: the services' figures need {program}"));
+        return Ok(());
+    }
+    report.say("bench: iperf3, nginx, redis and fio");
+    let Some(docker) = daemon(bench, report)? else { return Ok(()) };
+    let dir = bench.work.path().join("services");
+    for _ in 0..2 {
+        for runtime in &bench.runtimes {
+            services::measure(&docker, &runtime.name, &dir, figures)
+                .with_context(|| runtime.name.clone())?;
         }
     }
     Ok(())
