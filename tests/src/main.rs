@@ -14,6 +14,7 @@ mod bench;
 mod case;
 mod containerd;
 mod crash;
+mod cri;
 mod docker;
 mod known;
 mod oci;
@@ -49,7 +50,7 @@ struct Args {
     /// Nobody else uses this machine: every process, mount and link that is left counts.
     #[arg(long)]
     alone: bool,
-    /// The suites: oci, docker, containerd, crash, validation, bench.
+    /// The suites: oci, docker, containerd, cri, crash, validation, bench.
     #[arg(required = true)]
     suites: Vec<String>,
 }
@@ -95,11 +96,12 @@ fn run(args: &Args) -> Result<bool> {
             "oci" => oci::run(&bench, &mut report),
             "docker" => docker::run(&bench, &mut report)?,
             "containerd" => containerd::run(&bench, &mut report)?,
+            "cri" => cri::run(&bench, &mut report)?,
             "crash" => crash::run(&bench, &mut report),
             "bench" => bench::run(&bench, &mut report)?,
             "validation" => validation::run(&bench, &mut report)?,
             _ => bail!(
-                "there is no suite `{suite}`; there is: oci, docker, containerd, crash, validation, bench"
+                "there is no suite `{suite}`; there is: oci, docker, containerd, cri, crash, validation, bench"
             ),
         }
     }

@@ -157,6 +157,11 @@ impl Containerd {
         self.daemon.last_words()
     }
 
+    /// The daemon's pid.
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
     /// `ctr` for this containerd.
     pub fn ctr(&self, args: &[&str]) -> Run {
         Run::new("ctr").arg("--address").arg(&self.address).args(args)

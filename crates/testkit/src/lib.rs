@@ -6,13 +6,15 @@
 //!
 //! Only tests depend on this crate.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod bundle;
 pub mod console;
 pub mod containerd;
+pub mod cri;
 pub mod docker;
 pub mod image;
+pub mod pods;
 pub mod residue;
 pub mod run;
 pub mod runtime;
