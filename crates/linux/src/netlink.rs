@@ -3,7 +3,7 @@
 //! Only the frame is here: messages and attributes as bytes. What is in them is for those who know it.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use rustix::net::netlink::SocketAddrNetlink;
@@ -290,6 +290,47 @@ impl Socket {
     }
 }
 
+/// A socket on which the kernel tells of changes to the network of the namespace that the thread was in when it was
+/// opened: links, addresses, routes, neighbours.
+#[derive(Debug)]
+pub struct News(OwnedFd);
+
+impl News {
+    /// Opens one. It tells of what happens from now on, and never blocks.
+    ///
+    /// # Errors
+    ///
+    /// What socket(2) says.
+    pub fn open() -> io::Result<Self> {
+        // RTMGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
+        const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        bind(&fd, &SocketAddrNetlink::new(0, GROUPS))?;
+        Ok(Self(fd))
+    }
+
+    /// Takes one piece of news; what it says is for another request to find out.
+    ///
+    /// # Errors
+    ///
+    /// EAGAIN where there is none.
+    pub fn take(&self) -> io::Result<()> {
+        let mut start = [0; HEADER];
+        match recv(&self.0, &mut start[..], RecvFlags::TRUNC) {
+            // There was more than the socket holds: news all the same.
+            Ok(_) | Err(rustix::io::Errno::NOBUFS) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl AsRawFd for News {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 /// One message of the kernel's.
 struct Answer<'a> {
     kind: u16,
@@ -322,7 +363,7 @@ impl<'a> Answer<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Attributes, Message};
+    use super::{Attributes, Message, News};
 
     #[test]
     fn attributes_are_read_as_they_were_written() {
@@ -336,6 +377,26 @@ mod tests {
         let inside = Attributes::of(found[1].1);
         assert_eq!(inside.number(1), Some(u32::from_ne_bytes([1, 2, 3, 4])));
         assert_eq!(message.body.len() % 4, 0);
+    }
+
+    #[test]
+    fn a_change_is_news_until_it_was_taken() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: needs root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("netns");
+        let namespace = crate::namespace::create_network(&path).unwrap();
+        let outcome = namespace.inside(|| {
+            let news = News::open()?;
+            let none = news.take().unwrap_err().kind();
+            crate::link::bring_up(1)?;
+            news.take()?;
+            Ok::<_, std::io::Error>(none)
+        });
+        crate::namespace::remove_network(&path).unwrap();
+        assert_eq!(outcome.unwrap(), std::io::ErrorKind::WouldBlock);
     }
 
     #[test]

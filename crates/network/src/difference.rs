@@ -2,15 +2,13 @@
 
 use crate::{Link, Network};
 
-/// What to do so that a guest that has the old network has the new one.
+/// Which links a guest that has the old network must get and lose to have the new one.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Difference {
     /// Links to be attached.
     pub added: Vec<Link>,
     /// Links to be detached.
     pub removed: Vec<Link>,
-    /// Whether the agent must be told anew: a link came or went, or addresses, routes or neighbours changed.
-    pub configuration: bool,
 }
 
 /// What has changed between two scans. Pure.
@@ -27,7 +25,19 @@ pub fn difference(old: &Network, new: &Network) -> Difference {
     Difference {
         added: missing_in(&old.links, &new.links),
         removed: missing_in(&new.links, &old.links),
-        configuration: old.request() != new.request(),
+    }
+}
+
+impl Network {
+    /// What is left of it without these links: their routes and neighbours go with them.
+    #[must_use]
+    pub fn without(&self, removed: &[Link]) -> Self {
+        let mut left = self.clone();
+        left.links.retain(|link| !removed.iter().any(|gone| is_same(gone, link)));
+        let has = |device: &str| left.links.iter().any(|link| link.name() == device);
+        left.routes.retain(|route| has(&route.device));
+        left.neighbors.retain(|neighbor| has(&neighbor.device));
+        left
     }
 }
 
@@ -39,7 +49,7 @@ fn is_same(one: &Link, other: &Link) -> bool {
 mod tests {
     use super::difference;
     use crate::{Link, Network};
-    use protocol::agent::Interface;
+    use protocol::agent::{Interface, Neighbor, Route};
 
     fn link(index: u32, name: &str) -> Link {
         let interface = Interface { name: name.to_owned(), ..Interface::default() };
@@ -55,18 +65,20 @@ mod tests {
         let (eth0, eth1) = (link(5, "eth0"), link(7, "eth1"));
         let found = difference(&network([]), &network([eth0.clone()]));
         assert_eq!((found.added.len(), found.removed.len()), (1, 0));
-        assert!(found.configuration);
         let found = difference(&network([eth0.clone()]), &network([eth1.clone()]));
         assert_eq!((found.added, found.removed), (vec![eth1], vec![eth0]));
     }
 
     #[test]
-    fn a_new_address_is_a_matter_of_configuration_alone() {
-        let old = network([link(5, "eth0")]);
-        let mut new = old.clone();
-        assert_eq!(difference(&old, &new), super::Difference::default());
-        new.links[0].interface.addresses.push("10.0.0.2/24".to_owned());
-        let found = difference(&old, &new);
-        assert!(found.added.is_empty() && found.removed.is_empty() && found.configuration);
+    fn a_link_goes_with_its_routes_and_neighbours() {
+        let route = |device: &str| Route { device: device.to_owned(), ..Route::default() };
+        let neighbor = |device: &str| Neighbor { device: device.to_owned(), ..Neighbor::default() };
+        let mut both = network([link(5, "eth0"), link(7, "eth1")]);
+        both.links[1].mac = [2; 6];
+        both.routes = vec![route("eth0"), route("eth1")];
+        both.neighbors = vec![neighbor("eth1")];
+        let left = both.without(&both.links[1..]);
+        assert_eq!((left.links, left.routes), (vec![link(5, "eth0")], vec![route("eth0")]));
+        assert!(left.neighbors.is_empty());
     }
 }

@@ -11,6 +11,7 @@ use tracing::{error, info, warn};
 
 use crate::boot::Booted;
 use crate::error::{Chain, Error, ErrorKind};
+use crate::interfaces;
 use crate::resize::Size;
 use crate::sandbox::{Sandbox, VmRequest};
 use crate::state::ContainerDir;
@@ -54,6 +55,7 @@ impl Running {
     pub(crate) async fn until_empty(mut self, mut caller: Caller) -> Option<ContainerDir> {
         spawn_local(accept(self.control, Rc::clone(&self.sandbox)));
         spawn_local(watch_oom(Rc::clone(&self.sandbox)));
+        spawn_local(interfaces::follow(Rc::clone(&self.sandbox)));
         let mut changes = self.sandbox.changes();
         let mut machine_ended = self.vm.ended();
         let mut alone = false;

@@ -19,6 +19,7 @@ pub(super) const CASES: &[Case<Docker>] = &[
     case("containers of one network find and reach each other by name, runc's and ours", by_name),
     case("Docker's resolver answers by TCP too, and leaves its port to the container", resolver),
     case("names of the outside are asked of the servers of --dns", outside),
+    case("a network is connected to a running container, and disconnected again", connected),
     case(
         "localhost in the container's network namespace reaches a server on its loopback",
         localhost,
@@ -150,6 +151,36 @@ fn outside(docker: &Docker) -> Result<()> {
     )?;
     has(&text, "nameserver 127.0.0.11")?;
     has(&text, "192.0.2.55")
+}
+
+fn connected(docker: &Docker) -> Result<()> {
+    let network = Network::new(docker, "late")?;
+    let theirs = network.server("runc", "theirs")?;
+    let container = docker.sleeper(&[])?;
+    for _ in 0..2 {
+        docker.run(&["network", "connect", &network.name, &container.id]).text()?;
+        let page = eventually(Duration::from_mins(1), "the network is there", || {
+            let output = container.exec_run(&[], "wget -q -O - http://theirs/").output()?;
+            Ok((output.code == 0).then(|| output.text()))
+        })?;
+        same("page", page.as_str(), "page")?;
+        let field =
+            format!("{{{{(index .NetworkSettings.Networks \"{}\").IPAddress}}}}", network.name);
+        let address = format!(" {}/", container.inspect(&field)?);
+        has(&container.exec(&[], "ip -4 -o addr")?, &address)?;
+        let text = theirs.exec(&[], &format!("ping -c 1 -W 30 {}", &container.id[..12]))?;
+        has(&text, " 0% packet loss")?;
+
+        docker.run(&["network", "disconnect", &network.name, &container.id]).text()?;
+        eventually(Duration::from_mins(1), "the network is gone", || {
+            let links = container.exec(&[], "ls /sys/class/net; ip -4 -o addr; ip route")?;
+            let there = links.lines().filter(|line| line.starts_with("eth")).count();
+            Ok((there == 1 && !links.contains(&address)).then_some(()))
+        })?;
+    }
+    has(&container.exec(&[], "ping -c 1 -W 30 172.31.250.1")?, " 0% packet loss")?;
+    container.remove()?;
+    theirs.remove()
 }
 
 fn localhost(docker: &Docker) -> Result<()> {

@@ -5,6 +5,7 @@
 //! right to do so makes for itself (a bridge, a tunnel) is left alone.
 
 mod plan;
+mod slot;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -148,7 +149,7 @@ impl Link {
         }
     }
 
-    /// Takes down what is no longer asked for.
+    /// Takes down what is no longer asked for, and lets the host have it back.
     async fn retire_others(&self, plan: &Plan) -> Result<(), Error> {
         for nic in self.nics().await? {
             if plan.interfaces.iter().any(|wanted| nic.mac == wanted.mac) {
@@ -157,6 +158,7 @@ impl Link {
             self.change(LinkUnspec::new_with_index(nic.index).down().build(), &nic.name, "down")
                 .await?;
             self.keep_addresses(nic.index, &[]).await?;
+            slot::power_off(&nic.name).await;
         }
         Ok(())
     }

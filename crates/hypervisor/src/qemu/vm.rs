@@ -143,7 +143,8 @@ impl QemuVm {
         self.qmp.forget_events();
     }
 
-    /// Asks the guest to let a device go, and waits until it has.
+    /// Asks the guest to let a device go, and waits until it has. One that it has let go by itself, by switching off the
+    /// power of its slot, is gone already.
     pub(super) async fn unplug(
         &mut self,
         operation: &'static str,
@@ -158,6 +159,9 @@ impl QemuVm {
                     if message.contains("guest is busy") && Instant::now() < deadline =>
                 {
                     sleep(BLINK).await;
+                }
+                Err(Error::Refused { message, .. }) if message.ends_with("not found") => {
+                    return Ok(());
                 }
                 outcome => break drop(outcome?),
             }
