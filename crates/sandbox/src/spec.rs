@@ -291,7 +291,8 @@ impl Bundle {
 /// Whether a network namespace is that of this host, or of this process: moving its traffic would cut the host off.
 fn is_hosts(path: &Path) -> bool {
     let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
-    let hosts = ["/proc/self/ns/net", "/proc/1/ns/net"].map(|path| identity(Path::new(path)));
+    let hosts =
+        ["/proc/thread-self/ns/net", "/proc/1/ns/net"].map(|path| identity(Path::new(path)));
     identity(path).is_some_and(|given| hosts.contains(&Some(given)))
 }
 
