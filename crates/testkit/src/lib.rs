@@ -18,6 +18,7 @@ pub mod pods;
 pub mod residue;
 pub mod run;
 pub mod runtime;
+pub mod streams;
 pub mod wait;
 mod work;
 

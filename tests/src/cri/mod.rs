@@ -3,6 +3,7 @@
 mod containers;
 mod faults;
 mod pods;
+mod streams;
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -96,7 +97,7 @@ impl Pods {
 
 /// Runs the suite.
 pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
-    let all: [&[Case<Pods>]; 3] = [pods::CASES, containers::CASES, faults::CASES];
+    let all: [&[Case<Pods>]; 4] = [pods::CASES, containers::CASES, streams::CASES, faults::CASES];
     if bench.list || !all.iter().any(|cases| bench.wants(cases)) {
         for cases in all {
             bench.list_cases(SUITE, cases, report);
