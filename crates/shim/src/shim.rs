@@ -147,17 +147,14 @@ impl Shim {
         let path = PathBuf::from(&request.bundle);
         let known = self.sandbox.borrow().clone();
         rootfs::mount(&request.rootfs, &path, known.as_ref()).await?;
-        let (sandbox, bundle) = match known {
-            Some(sandbox) => {
-                // What it names is looked for where its author is, not where this process has moved.
-                let path = path.clone();
-                let bundle = sandbox.outside(move || Bundle::load(&path)).await??;
-                (sandbox, bundle)
-            }
-            None => {
-                let bundle = Bundle::load(&path)?;
-                (self.boot(request, &id, &bundle).await?, bundle)
-            }
+        let (sandbox, bundle) = if let Some(sandbox) = known {
+            // What it names is looked for where its author is, not where this process has moved.
+            let path = path.clone();
+            let bundle = sandbox.outside(move || Bundle::load(&path)).await??;
+            (sandbox, bundle)
+        } else {
+            let bundle = Bundle::load(&path)?;
+            (self.boot(request, &id, &bundle).await?, bundle)
         };
         let streams = sandbox.create(&id, &bundle, stdio.wanted()).await?;
         let init = Rc::new(Process::new(&request.id, "", stdio, String::new()));

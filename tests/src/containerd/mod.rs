@@ -2,6 +2,7 @@
 
 mod events;
 mod faults;
+mod install;
 mod tasks;
 
 use std::cell::{Ref, RefCell};
@@ -187,7 +188,7 @@ fn runtime_words(runtime: &Runtime) -> Vec<String> {
 
 /// Runs the suite.
 pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
-    let all: [&[Case<Ctr>]; 3] = [tasks::CASES, events::CASES, faults::CASES];
+    let all: [&[Case<Ctr>]; 4] = [tasks::CASES, events::CASES, faults::CASES, install::CASES];
     if bench.list || !all.iter().any(|cases| bench.wants(cases)) {
         for cases in all {
             bench.list_cases(SUITE, cases, report);
