@@ -9,6 +9,7 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use testkit::Run;
+use testkit::docker::IMAGE;
 
 use super::{Docker, Running};
 use crate::case::{Case, case, has, same, skip};
@@ -21,6 +22,7 @@ pub(super) const CASES: &[Case<Docker>] = &[
     case("a named volume starts with the image's files, and --volumes-from shares it", named),
     case("a directory below a volume and a volume below a volume are mounted", nested),
     case("docker cp reaches into volumes, running and stopped", copy_into_volume),
+    case("a volume that has vanished is an error that names it, and the container stays", vanished),
     case("--group-add reaches a directory that only the group may write", groups),
 ];
 
@@ -260,6 +262,25 @@ fn copy_into_volume(docker: &Docker) -> Result<()> {
     copy(&container, "stopped")?;
     same("stopped", fs::read_to_string(place.0.join("volume/stopped"))?.as_str(), "copied\n")?;
     container.remove()
+}
+
+fn vanished(docker: &Docker) -> Result<()> {
+    let place = Place::new(docker)?;
+    let source = place.0.join("vanishing");
+    fs::create_dir(&source)?;
+    let mount = format!("type=bind,source={},target=/data", source.display());
+    let words = ["create", "--runtime", &docker.runtime, "--mount", &mount, IMAGE, "true"];
+    let id = docker.run(&words).text()?;
+    fs::remove_dir(&source)?;
+    let output = docker.run(&["start", "-a", &id]).output()?;
+    let state = docker.run(&["inspect", "--format", "{{.State.Status}}", &id]).text();
+    fs::create_dir(&source)?;
+    let again = docker.run(&["start", "-a", &id]).output();
+    docker.run(&["rm", "-f", &id]).text()?;
+    ensure!(output.code != 0, "{output}");
+    has(&output.stderr, &source.display().to_string())?;
+    same("status", state?.as_str(), "created")?;
+    same("the exit code once it is back", again?.code, 0)
 }
 
 fn groups(docker: &Docker) -> Result<()> {

@@ -84,7 +84,7 @@ pub(super) const CASES: &[Case<Oci>] = &[
 ];
 
 /// Tries to create and run the bundle's container: that must fail and name the thing, and leave no container.
-fn refused(oci: &Oci, bundle: &Bundle, words: &[&str]) -> Result<()> {
+pub(super) fn refused(oci: &Oci, bundle: &Bundle, words: &[&str]) -> Result<()> {
     refused_by(&oci.runtime, bundle, words)
 }
 

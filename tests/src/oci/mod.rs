@@ -4,6 +4,7 @@ mod bad;
 mod exec;
 mod inside;
 mod lifecycle;
+mod mounts;
 mod network;
 mod query;
 mod stdio;
@@ -67,6 +68,7 @@ pub(crate) fn run(bench: &Bench, report: &mut Report) {
             network::CASES,
             stdio::CASES,
             bad::CASES,
+            mounts::CASES,
         ] {
             bench.cases(SUITE, &runtime.name, &oci, cases, report);
         }
