@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use crate::process::{Exit, Output, Process};
 use crate::reaper::Reaper;
 use crate::sockets::Sockets;
 use crate::stdio::{self, End, Source, Streams};
-use crate::{disks, shm, spec, sys, watch};
+use crate::{disks, notify, shm, spec, sys, watch};
 
 /// How long killed processes may take to go, and paused ones to stop.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -35,6 +36,8 @@ pub(crate) struct Containers {
     reaper: Arc<Reaper>,
     streams: Arc<Streams>,
     events: broadcast::Sender<agent::Event>,
+    /// Whether the host was, or will be, told that files are watched.
+    watched: AtomicBool,
 }
 
 /// A process that was just started, and what the host needs to know of it.
@@ -48,7 +51,8 @@ impl Containers {
     /// None yet.
     pub(crate) fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
         let (events, _) = broadcast::channel(64);
-        Self { table: Mutex::default(), reaper, streams, events }
+        let watched = AtomicBool::new(false);
+        Self { table: Mutex::default(), reaper, streams, events, watched }
     }
 
     /// Makes a container up to its user's program.
@@ -61,6 +65,9 @@ impl Containers {
         let mut spec = spec::container(&request.spec_json)?;
         self.find_shared_namespaces(&mut spec)?;
         disks::place(&mut spec, &request.disks).await?;
+        if request.watchable && !self.watched.swap(true, Ordering::Relaxed) {
+            notify::tell_of_watchers(self.events.clone());
+        }
         shm::share(&mut spec)?;
         let spec = Arc::new(spec);
         if self.table().contains_key(&id) {
@@ -289,6 +296,12 @@ impl Containers {
             // The guest goes down next, and every process with it.
             drop(container.cgroup.kill());
         }
+    }
+
+    /// Tells watchers of what the host has changed in a container's volumes.
+    pub(crate) fn changed(&self, request: &agent::ChangedRequest) -> Result<(), Error> {
+        let init = self.process(&request.container_id, "")?;
+        notify::tell_watchers(init.pid, &request.changes)
     }
 
     /// What happens from now on.

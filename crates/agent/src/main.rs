@@ -21,6 +21,7 @@ mod launch;
 mod loopback;
 mod modules;
 mod network;
+mod notify;
 mod process;
 mod reaper;
 mod resources;

@@ -212,6 +212,19 @@ impl agent_ttrpc::Agent for Service {
         Ok(agent::ProcessesResponse { processes, ..agent::ProcessesResponse::default() })
     }
 
+    async fn changed(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ChangedRequest,
+    ) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        // It asks the host for each of them: not a matter for the thread that serves.
+        let told = tokio::task::spawn_blocking(move || containers.changed(&request)).await;
+        done(told.unwrap_or_else(|error| {
+            Err(Error::guest("tell watchers", std::io::Error::other(error)))
+        }))
+    }
+
     async fn remove(
         &self,
         _: &TtrpcContext,

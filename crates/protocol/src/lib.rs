@@ -45,5 +45,8 @@ pub const LOOPBACK_PORT: u32 = 1027;
 /// The host's port that the agent opens a stream to for each connection to a socket of the host; see `Socket`.
 pub const SOCKET_PORT: u32 = 1028;
 
+/// Seconds and nanoseconds of `device::ECHO_TIME`, by which the agent has watchers told of what the host has changed.
+pub const ECHO_TIME: (i64, i64) = (0x6b61_7461_6563_686f, 123_456_789);
+
 /// What a raw stream starts with: who opens it proves by these bytes that the agent told it of the stream.
 pub type Token = [u8; 16];

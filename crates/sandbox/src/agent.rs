@@ -129,6 +129,18 @@ impl Agent {
         Ok(())
     }
 
+    /// Tells the guest's watchers of what has changed in a container's volumes.
+    pub(crate) async fn changed(
+        &self,
+        container: &str,
+        changes: Vec<wire::Change>,
+    ) -> Result<(), Error> {
+        let container_id = container.to_owned();
+        let request = wire::ChangedRequest { container_id, changes, ..Default::default() };
+        self.told("tell watchers", self.client.changed(self.context(), &request)).await?;
+        Ok(())
+    }
+
     pub(crate) async fn exec(
         &self,
         request: wire::ExecRequest,

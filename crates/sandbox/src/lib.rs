@@ -38,6 +38,7 @@ mod status;
 mod stdio;
 pub mod template;
 mod update;
+mod watch;
 
 pub use config::{
     AccelerationConfig, Config, HypervisorConfig, ImageConfig, SandboxConfig, TemplateConfig,

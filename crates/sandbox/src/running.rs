@@ -54,8 +54,8 @@ impl Running {
     /// Serves until the caller has gone and no container is left. Answers the directory that nobody else will remove.
     pub(crate) async fn until_empty(mut self, mut caller: Caller) -> Option<ContainerDir> {
         spawn_local(accept(self.control, Rc::clone(&self.sandbox)));
-        spawn_local(watch_oom(Rc::clone(&self.sandbox)));
         spawn_local(interfaces::follow(Rc::clone(&self.sandbox)));
+        spawn_local(watch_guest(Rc::clone(&self.sandbox)));
         let mut changes = self.sandbox.changes();
         let mut machine_ended = self.vm.ended();
         let mut alone = false;
@@ -138,7 +138,7 @@ async fn accept(control: UnixListener, sandbox: Rc<Sandbox>) {
     }
 }
 
-async fn watch_oom(sandbox: Rc<Sandbox>) {
+async fn watch_guest(sandbox: Rc<Sandbox>) {
     let Ok(mut events) = sandbox.agent.events().await else { return };
     while let Ok(Some(event)) = events.recv().await {
         if event.has_oom() {
@@ -146,6 +146,9 @@ async fn watch_oom(sandbox: Rc<Sandbox>) {
                 container = crate::error::from_guest(&event.container_id),
                 "out of memory in the guest"
             );
+        }
+        if event.has_watching() {
+            sandbox.watch_volumes();
         }
     }
 }

@@ -33,6 +33,7 @@ use crate::sockets::Sockets;
 use crate::state::{ContainerDir, ContainerId, VmDir};
 use crate::status::Status;
 use crate::update;
+use crate::watch::{Volume, Volumes};
 
 /// How a container exits that was killed: 128 + SIGKILL.
 pub(crate) const KILLED: u8 = 137;
@@ -62,6 +63,7 @@ pub(crate) struct Sandbox {
     pub(crate) config: SandboxConfig,
     sockets: Sockets,
     disks: Disks,
+    volumes: Volumes,
     dir: VmDir,
     vm: mpsc::Sender<VmRequest>,
     /// What the machine was last given.
@@ -98,6 +100,7 @@ impl Sandbox {
             config: launch.config.sandbox,
             sockets,
             disks: Disks::default(),
+            volumes: Volumes::default(),
             dir: launch.vm,
             vm: vm_requests,
             size: Cell::new(size),
@@ -136,6 +139,11 @@ impl Sandbox {
         for container in self.containers.borrow().values() {
             container.ended(KILLED);
         }
+    }
+
+    /// A process of the guest watches files: it is to hear of the host's changes too.
+    pub(crate) fn watch_volumes(&self) {
+        self.volumes.watch(&self.agent);
     }
 
     /// What the machine was last given.
@@ -183,6 +191,7 @@ impl Sandbox {
         let share = self.dir.share();
         storage::attach(&new.files, &share, &origin, &mut self.ledger.borrow_mut())?;
         let resources = resources_of(&new.spec);
+        let volumes = Volume::of(&new.files, &share);
         self.make_room(id, resources.as_ref()).await?;
         let made = self.create_in_guest(id, new).await;
         if made.is_err() {
@@ -198,6 +207,7 @@ impl Sandbox {
         container.set_status(Status::Created)?;
         self.containers.borrow_mut().insert(id.to_owned(), container);
         self.orphan.take();
+        self.volumes.add(&self.agent, id, volumes);
         self.limit_host();
         let mut phases = self.phases.take();
         if !phases.is_empty() {
@@ -221,6 +231,7 @@ impl Sandbox {
             tty_size: new.size.map(tty_size).into(),
             sockets: self.sockets.add(id, &new.files.sockets)?,
             disks: self.plug_disks(id, &new.files.disks).await?,
+            watchable: !Volume::of(&new.files, &self.dir.share()).is_empty(),
             ..Default::default()
         };
         self.agent.create(request).await
@@ -274,6 +285,7 @@ impl Sandbox {
             self.kill(container).await;
         }
         self.sockets.forget(container.id());
+        self.volumes.forget(container.id());
         let others: Vec<_> = {
             let all = self.containers.borrow();
             all.values().filter(|other| other.id() != container.id()).cloned().collect()

@@ -6,10 +6,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use testkit::Run;
 use testkit::docker::IMAGE;
+use testkit::{Run, eventually};
 
 use super::{Docker, Running};
 use crate::case::{Case, case, has, same, skip};
@@ -22,6 +23,7 @@ pub(super) const CASES: &[Case<Docker>] = &[
     case("a named volume starts with the image's files, and --volumes-from shares it", named),
     case("a directory below a volume and a volume below a volume are mounted", nested),
     case("docker cp reaches into volumes, running and stopped", copy_into_volume),
+    case("a program that watches a volume hears of what the host changes in it", watched),
     case("a volume that has vanished is an error that names it, and the container stays", vanished),
     case("--group-add reaches a directory that only the group may write", groups),
 ];
@@ -176,11 +178,11 @@ fn docker_socket(docker: &Docker) -> Result<()> {
 struct SharedMount(PathBuf);
 
 impl SharedMount {
-    fn new(path: PathBuf) -> Result<Self> {
-        fs::create_dir(&path)?;
-        let mount = |words: &[&str]| Run::new("mount").args(words).arg(&path).text();
+    fn new(path: &Path) -> Result<Self> {
+        fs::create_dir(path)?;
+        let mount = |words: &[&str]| Run::new("mount").args(words).arg(path).text();
         mount(&["-t", "tmpfs", "-o", "size=1m", "shared"])?;
-        let shared = Self(path.clone());
+        let shared = Self(path.to_owned());
         mount(&["--make-shared"])?;
         Ok(shared)
     }
@@ -194,7 +196,7 @@ impl Drop for SharedMount {
 
 fn propagation(docker: &Docker) -> Result<()> {
     let place = Place::new(docker)?;
-    let shared = SharedMount::new(place.0.join("shared"))?;
+    let shared = SharedMount::new(&place.0.join("shared"))?;
     let at = |target: &str, how: &str| format!("{}:/{target}:{how}", shared.0.display());
     let (slave, both, private) = (at("s", "rslave"), at("b", "rshared"), at("p", "rprivate"));
     let container = docker.sleeper(&["-v", &slave, "-v", &both, "-v", &private])?;
@@ -261,6 +263,30 @@ fn copy_into_volume(docker: &Docker) -> Result<()> {
     container.run(&["stop", "-t", "30"]).text()?;
     copy(&container, "stopped")?;
     same("stopped", fs::read_to_string(place.0.join("volume/stopped"))?.as_str(), "copied\n")?;
+    container.remove()
+}
+
+fn watched(docker: &Docker) -> Result<()> {
+    let place = Place::new(docker)?;
+    let flags = place.perl(include_str!("programs/watch.pl"))?;
+    let volume = place.volume("volume", "/data")?;
+    let directory = place.0.join("volume");
+    fs::write(directory.join("old"), "old")?;
+    let container = docker.start(&with(&flags, &["-v", &volume]), "perl /program /data")?;
+    container.wait_for_log("watching")?;
+    let mut number = 0;
+    // Again and again: with a virtual machine it takes a moment from the first watch on until the host looks.
+    for name in ["old", "new"] {
+        eventually(Duration::from_mins(2), &format!("the watcher hears of {name}"), || {
+            number += 1;
+            fs::write(directory.join(name), format!("{number}"))?;
+            Ok(container.run(&["logs"]).text()?.contains(&format!(" {name}")).then_some(()))
+        })?;
+    }
+    let logs = container.run(&["logs"]).text()?;
+    ensure!(logs.lines().any(|line| line == "2 old"), "no change of contents: {logs}");
+    let text = container.exec(&[], "cat /data/new")?;
+    same("what is read then", text, number.to_string())?;
     container.remove()
 }
 

@@ -53,9 +53,9 @@ fn kinds(oci: &Oci) -> Result<()> {
         let bundle = oci.bundle("true")?;
         let source = bundle.dir.join("source");
         if is_file {
-            fs::write(&source, "")?
+            fs::write(&source, "")?;
         } else {
-            fs::create_dir(&source)?
+            fs::create_dir(&source)?;
         }
         let bundle = bundle.mount("bind", &source.to_string_lossy(), target, &["bind"])?;
         refused(oci, &bundle, &[target, "not a directory"])?;

@@ -26,7 +26,7 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-use super::failed;
+use super::{echo, failed};
 use crate::Error;
 
 /// high priority (for requests without an answer), requests.
@@ -34,7 +34,7 @@ const QUEUES: usize = 2;
 const QUEUE_SIZE: usize = 1024;
 
 // The library knows memory with a log of written pages only; there is none behind it here.
-type Mapped = GuestMemoryMmap<BitmapMmapRegion>;
+pub(super) type Mapped = GuestMemoryMmap<BitmapMmapRegion>;
 type Memory = GuestMemoryAtomic<Mapped>;
 
 /// The guest's driver broke the protocol.
@@ -68,6 +68,7 @@ impl Backend {
         loop {
             while let Some(chain) = ring.get_queue_mut().iter(memory)?.next() {
                 let head = chain.head_index();
+                echo::disarm(memory, &chain);
                 let outside =
                     |error: virtiofsd::descriptor_utils::Error| Fault::Buffer(error.to_string());
                 let request = Reader::new(memory, chain.clone()).map_err(outside)?;

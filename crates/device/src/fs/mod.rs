@@ -17,6 +17,7 @@ use crate::frontend::serve_until_hang_up;
 use crate::jail::Opened;
 
 mod backend;
+mod echo;
 
 use backend::Backend;
 

@@ -1,0 +1,111 @@
+//! Events of files that the host has changed: the guest's kernel knows nothing of them, so watchers, inotify(7), would wait
+//! in vain.
+//!
+//! The host watches its side once the agent says that somebody in the guest watches files, and tells what has changed.
+//! For that the agent asks to set a time that the host's device does not set, see the `device` crate: nothing changes, and
+//! the guest's kernel tells its watchers.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use protocol::{ECHO_TIME, agent};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT};
+use tokio::sync::broadcast;
+
+use crate::console;
+use crate::error::{Doing, Error};
+
+/// Where the kernel's tracing is, for the agent alone.
+const TRACING: &str = "/run/kata/tracing";
+
+/// `FUSE_SUPER_MAGIC` of the kernel's include/uapi/linux/magic.h.
+const FUSE: rustix::fs::FsWord = 0x6573_5546;
+
+/// Says once, when a process other than the agent begins to watch a file. Costs nothing until then, and nothing after.
+pub(crate) fn tell_of_watchers(events: broadcast::Sender<agent::Event>) {
+    let wait = move || {
+        if let Err(error) = wait_for_watcher() {
+            // A kernel without tracing: then the host's changes are not told.
+            console::err(&format!("kata-agent: {}", error.chain()));
+            return;
+        }
+        let mut event = agent::Event::new();
+        event.set_watching(agent::Empty::default());
+        // A host that does not listen does not want to know.
+        drop(events.send(event));
+    };
+    // A thread, as it spends its life in one read; without one, nothing is told.
+    drop(std::thread::Builder::new().name("watchers".into()).stack_size(64 << 10).spawn(wait));
+}
+
+fn wait_for_watcher() -> Result<(), Error> {
+    let action = || "trace the system call inotify_add_watch".to_owned();
+    fs::create_dir_all(TRACING).doing(action)?;
+    let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NOEXEC;
+    rustix::mount::mount("tracefs", TRACING, "tracefs", flags, c"mode=700").doing(action)?;
+    let at = |name: &str| Path::new(TRACING).join(name);
+    let waited = || -> std::io::Result<()> {
+        fs::write(at("kprobe_events"), "p:kata/watch __x64_sys_inotify_add_watch")?;
+        fs::create_dir(at("instances/kata"))?;
+        fs::write(at("instances/kata/buffer_size_kb"), "4")?;
+        let probe = at("instances/kata/events/kata/watch");
+        // The agent's own are those of cgroups.
+        fs::write(probe.join("filter"), "common_pid != 1")?;
+        fs::write(probe.join("enable"), "1")?;
+        let mut pipe = fs::File::open(at("instances/kata/trace_pipe"))?;
+        let read = pipe.read(&mut [0; 256]);
+        drop(pipe);
+        fs::write(probe.join("enable"), "0")?;
+        fs::remove_dir(at("instances/kata"))?;
+        fs::write(at("kprobe_events"), "-:kata/watch")?;
+        read.map(drop)
+    };
+    let outcome = waited().doing(action);
+    rustix::mount::unmount(TRACING, rustix::mount::UnmountFlags::DETACH).doing(action)?;
+    outcome
+}
+
+/// Tells the watchers of these, as the container whose first process is `init` sees them. What has gone meanwhile, or is
+/// no file of the host's, is left out.
+pub(crate) fn tell_watchers(init: u32, changes: &[agent::Change]) -> Result<(), Error> {
+    let path = format!("/proc/{init}/root");
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root =
+        rustix::fs::openat(CWD, &path, flags, Mode::empty()).doing(|| format!("open {path}"))?;
+    for change in changes {
+        let path = Path::new(OsStr::from_bytes(&change.path));
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let Ok(file) = rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve) else {
+            continue;
+        };
+        if rustix::fs::fstatfs(&file).is_ok_and(|about| about.f_type == FUSE) {
+            // A file that has gone since has no watchers either.
+            echo(file.as_fd(), change.lost).unwrap_or_default();
+        }
+    }
+    Ok(())
+}
+
+/// The time of the last change alone is a change of contents to watchers, both times one of attributes.
+fn echo(file: std::os::fd::BorrowedFd<'_>, both: bool) -> rustix::io::Result<()> {
+    let (tv_sec, tv_nsec) = ECHO_TIME;
+    let echo = Timespec { tv_sec, tv_nsec };
+    let other = if both { echo } else { Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT } };
+    let times = Timestamps { last_access: other, last_modification: echo };
+    rustix::fs::utimensat(file, "", &times, AtFlags::EMPTY_PATH)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_time_is_the_one_that_the_device_knows() {
+        let (seconds, nanoseconds) = protocol::ECHO_TIME;
+        assert_eq!(u64::try_from(seconds).unwrap(), device::ECHO_TIME.0);
+        assert_eq!(u32::try_from(nanoseconds).unwrap(), device::ECHO_TIME.1);
+    }
+}
