@@ -50,7 +50,7 @@ struct Args {
     /// Nobody else uses this machine: every process, mount and link that is left counts.
     #[arg(long)]
     alone: bool,
-    /// The suites: oci, docker, containerd, cri, crash, validation, bench.
+    /// The suites: oci, docker, containerd, cri, crash, nested, validation, bench.
     #[arg(required = true)]
     suites: Vec<String>,
 }
@@ -95,13 +95,14 @@ fn run(args: &Args) -> Result<bool> {
         match suite.as_str() {
             "oci" => oci::run(&bench, &mut report),
             "docker" => docker::run(&bench, &mut report)?,
+            "nested" => docker::run_nested(&bench, &mut report)?,
             "containerd" => containerd::run(&bench, &mut report)?,
             "cri" => cri::run(&bench, &mut report)?,
             "crash" => crash::run(&bench, &mut report),
             "bench" => bench::run(&bench, &mut report)?,
             "validation" => validation::run(&bench, &mut report)?,
             _ => bail!(
-                "there is no suite `{suite}`; there is: oci, docker, containerd, cri, crash, validation, bench"
+                "there is no suite `{suite}`; there is: oci, docker, containerd, cri, crash, nested, validation, bench"
             ),
         }
     }

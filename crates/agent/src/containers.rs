@@ -68,6 +68,9 @@ impl Containers {
         if request.watchable && !self.watched.swap(true, Ordering::Relaxed) {
             notify::tell_of_watchers(self.events.clone());
         }
+        if request.watchable {
+            notify::look_at_volumes(&id);
+        }
         shm::share(&mut spec)?;
         let spec = Arc::new(spec);
         if self.table().contains_key(&id) {
@@ -296,12 +299,6 @@ impl Containers {
             // The guest goes down next, and every process with it.
             drop(container.cgroup.kill());
         }
-    }
-
-    /// Tells watchers of what the host has changed in a container's volumes.
-    pub(crate) fn changed(&self, request: &agent::ChangedRequest) -> Result<(), Error> {
-        let init = self.process(&request.container_id, "")?;
-        notify::tell_watchers(init.pid, &request.changes)
     }
 
     /// What happens from now on.

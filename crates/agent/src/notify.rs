@@ -12,8 +12,8 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use protocol::{ECHO_TIME, agent};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT};
+use protocol::{ECHO_TIME, agent, paths};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT};
 use tokio::sync::broadcast;
 
 use crate::console;
@@ -69,18 +69,29 @@ fn wait_for_watcher() -> Result<(), Error> {
     outcome
 }
 
-/// Tells the watchers of these, as the container whose first process is `init` sees them. What has gone meanwhile, or is
-/// no file of the host's, is left out.
-pub(crate) fn tell_watchers(init: u32, changes: &[agent::Change]) -> Result<(), Error> {
-    let path = format!("/proc/{init}/root");
+/// Has the volumes of a container that is about to be made be mounted here first. Each is mounted by the kernel where it is
+/// first looked at; so the container's are copies of ours, and its watchers those of the same files.
+pub(crate) fn look_at_volumes(container: &str) {
+    let Ok(volumes) = fs::read_dir(Path::new(paths::SHARE).join(container).join("mounts")) else {
+        return;
+    };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root =
-        rustix::fs::openat(CWD, &path, flags, Mode::empty()).doing(|| format!("open {path}"))?;
+    for volume in volumes.filter_map(Result::ok) {
+        // One that cannot be looked at has no watchers.
+        drop(rustix::fs::open(volume.path(), flags, Mode::empty()));
+    }
+}
+
+/// Tells the watchers of these. What has gone meanwhile is left out.
+pub(crate) fn tell_watchers(changes: &[agent::Change]) -> Result<(), Error> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let share = rustix::fs::open(paths::SHARE, flags, Mode::empty())
+        .doing(|| format!("open {}", paths::SHARE))?;
     for change in changes {
         let path = Path::new(OsStr::from_bytes(&change.path));
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let Ok(file) = rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve) else {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let Ok(file) = rustix::fs::openat2(&share, path, flags, Mode::empty(), resolve) else {
             continue;
         };
         if rustix::fs::fstatfs(&file).is_ok_and(|about| about.f_type == FUSE) {

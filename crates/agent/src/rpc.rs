@@ -13,7 +13,7 @@ use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
 use crate::containers::Containers;
 use crate::error::Error;
 use crate::loopback::Loopback;
-use crate::{boot, filesystem, network, resync, since_boot, spec, stats, uevent};
+use crate::{boot, filesystem, network, notify, resync, since_boot, spec, stats, uevent};
 
 /// What the service needs.
 #[derive(Debug)]
@@ -217,9 +217,9 @@ impl agent_ttrpc::Agent for Service {
         _: &TtrpcContext,
         request: agent::ChangedRequest,
     ) -> ttrpc::Result<Empty> {
-        let containers = Arc::clone(&self.containers);
         // It asks the host for each of them: not a matter for the thread that serves.
-        let told = tokio::task::spawn_blocking(move || containers.changed(&request)).await;
+        let told =
+            tokio::task::spawn_blocking(move || notify::tell_watchers(&request.changes)).await;
         done(told.unwrap_or_else(|error| {
             Err(Error::guest("tell watchers", std::io::Error::other(error)))
         }))

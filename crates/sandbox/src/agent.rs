@@ -129,14 +129,9 @@ impl Agent {
         Ok(())
     }
 
-    /// Tells the guest's watchers of what has changed in a container's volumes.
-    pub(crate) async fn changed(
-        &self,
-        container: &str,
-        changes: Vec<wire::Change>,
-    ) -> Result<(), Error> {
-        let container_id = container.to_owned();
-        let request = wire::ChangedRequest { container_id, changes, ..Default::default() };
+    /// Tells the guest's watchers of what has changed in containers' volumes.
+    pub(crate) async fn changed(&self, changes: Vec<wire::Change>) -> Result<(), Error> {
+        let request = wire::ChangedRequest { changes, ..Default::default() };
         self.told("tell watchers", self.client.changed(self.context(), &request)).await?;
         Ok(())
     }

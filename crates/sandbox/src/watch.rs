@@ -44,8 +44,8 @@ const WATCHED: WatchFlags =
 pub(crate) struct Volume {
     /// Its bind below the share.
     pub(crate) bind: PathBuf,
-    /// Where the container has it.
-    pub(crate) destination: PathBuf,
+    /// The same, relative to the share.
+    pub(crate) name: PathBuf,
 }
 
 impl Volume {
@@ -53,14 +53,7 @@ impl Volume {
     pub(crate) fn of(files: &storage::Plan, share: &Path) -> Vec<Self> {
         let directories = files.binds.iter().skip(1).filter(|bind| bind.is_directory);
         directories
-            .filter_map(|bind| {
-                let source = Path::new(protocol::paths::SHARE).join(&bind.name);
-                let is_it =
-                    |mount: &&protocol::oci::Mount| mount.source().as_ref() == Some(&source);
-                let mount = files.guest_mounts.iter().find(is_it)?;
-                let destination = mount.destination().clone();
-                Some(Self { bind: share.join(&bind.name), destination })
-            })
+            .map(|bind| Self { bind: share.join(&bind.name), name: bind.name.clone() })
             .collect()
     }
 }
@@ -132,10 +125,9 @@ fn start(agent: Agent, container: &str, volumes: Vec<Volume>) -> io::Result<Watc
         }
     };
     thread::Builder::new().name("volumes".into()).stack_size(256 << 10).spawn(watch)?;
-    let container = container.to_owned();
     spawn_local(async move {
         while let Some(changes) = told.recv().await {
-            if let Err(error) = agent.changed(&container, changes).await {
+            if let Err(error) = agent.changed(changes).await {
                 debug!(error = %Chain(&error), "the guest's watchers were not told");
             }
         }
@@ -152,7 +144,7 @@ struct Watch {
     full: bool,
 }
 
-/// A path in the container, and whether something has gone from the directory there.
+/// A path below the share, and whether something has gone from the directory there.
 type Changes = BTreeSet<(PathBuf, bool)>;
 
 impl Watch {
@@ -252,8 +244,8 @@ impl Watch {
                 let Some(name) = event.file_name() else { continue };
                 let name = directory.join(OsStr::from_bytes(name.to_bytes()));
                 let gone = event.events().intersects(ReadFlags::DELETE | ReadFlags::MOVED_FROM);
-                let destination = &self.volumes[*volume].1.destination;
-                let path = if gone { destination.join(directory) } else { destination.join(&name) };
+                let root = &self.volumes[*volume].1.name;
+                let path = if gone { root.join(directory) } else { root.join(&name) };
                 changes.insert((path, gone));
                 let made = event.events().intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO);
                 if made && event.events().contains(ReadFlags::ISDIR) {
@@ -286,7 +278,7 @@ mod tests {
 
     fn watch(directory: &Path) -> Watch {
         let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
-        let volume = Volume { bind: directory.to_owned(), destination: "/data".into() };
+        let volume = Volume { bind: directory.to_owned(), name: "c/mounts/0".into() };
         Watch::new(inotify::init(flags).unwrap(), vec![volume]).unwrap()
     }
 
@@ -297,14 +289,14 @@ mod tests {
     }
 
     #[test]
-    fn changes_below_a_volume_are_told_as_the_container_sees_them() {
+    fn changes_below_a_volume_are_told() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("a/b")).unwrap();
         let mut watch = watch(dir.path());
         fs::write(dir.path().join("a/b/file"), "x").unwrap();
-        assert_eq!(changes(&mut watch), [("/data/a/b/file".to_owned(), false)]);
+        assert_eq!(changes(&mut watch), [("c/mounts/0/a/b/file".to_owned(), false)]);
         fs::remove_file(dir.path().join("a/b/file")).unwrap();
-        assert_eq!(changes(&mut watch), [("/data/a/b".to_owned(), true)]);
+        assert_eq!(changes(&mut watch), [("c/mounts/0/a/b".to_owned(), true)]);
     }
 
     #[test]
@@ -316,6 +308,6 @@ mod tests {
         changes(&mut watch);
         fs::write(dir.path().join("new/file"), "x").unwrap();
         fs::write(outside.path().join("secret"), "x").unwrap();
-        assert_eq!(changes(&mut watch), [("/data/new/file".to_owned(), false)]);
+        assert_eq!(changes(&mut watch), [("c/mounts/0/new/file".to_owned(), false)]);
     }
 }

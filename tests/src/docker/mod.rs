@@ -133,22 +133,38 @@ impl Drop for Running<'_> {
     }
 }
 
+/// The cases of the suite.
+const ALL: &[&[Case<Docker>]] = &[
+    lifecycle::CASES,
+    network::CASES,
+    names::CASES,
+    shared::CASES,
+    storage::CASES,
+    volumes::CASES,
+    privileges::CASES,
+    limits::CASES,
+    resources::CASES,
+];
+
 /// Runs the suite.
 pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
-    let all: [&[Case<Docker>]; 9] = [
-        lifecycle::CASES,
-        network::CASES,
-        names::CASES,
-        shared::CASES,
-        storage::CASES,
-        volumes::CASES,
-        privileges::CASES,
-        limits::CASES,
-        resources::CASES,
-    ];
+    run_cases(bench, SUITE, ALL, report)
+}
+
+/// Runs Docker in Docker: a suite of its own, since it takes minutes where machines are emulated.
+pub(crate) fn run_nested(bench: &Bench, report: &mut Report) -> Result<()> {
+    run_cases(bench, "nested", &[privileges::NESTED], report)
+}
+
+fn run_cases(
+    bench: &Bench,
+    suite: &'static str,
+    all: &[&[Case<Docker>]],
+    report: &mut Report,
+) -> Result<()> {
     if bench.list || !all.iter().any(|cases| bench.wants(cases)) {
         for cases in all {
-            bench.list_cases(SUITE, cases, report);
+            bench.list_cases(suite, cases, report);
         }
         return Ok(());
     }
@@ -157,7 +173,7 @@ pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
         let reason = format!("needs {}", missing.join(", "));
         for runtime in &bench.runtimes {
             let verdict = Verdict::Skipped(reason.clone());
-            report.add(SUITE, "the daemon starts", &runtime.name, verdict, Duration::ZERO);
+            report.add(suite, "the daemon starts", &runtime.name, verdict, Duration::ZERO);
         }
         return Ok(());
     }
@@ -184,7 +200,7 @@ pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
             mark: bench.work.mark().to_owned(),
         };
         for cases in all {
-            bench.cases(SUITE, &runtime.name, &docker, cases, report);
+            bench.cases(suite, &runtime.name, &docker, cases, report);
         }
     }
     let log = daemon.last_words();
@@ -194,7 +210,7 @@ pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
         |error| Verdict::Failed(format!("{error:#}\nthe daemon's last words:\n{log}")),
         |()| Verdict::Passed,
     );
-    report.add(SUITE, "the daemon's end leaves nothing behind", "all", verdict, Duration::ZERO);
+    report.add(suite, "the daemon's end leaves nothing behind", "all", verdict, Duration::ZERO);
     Ok(())
 }
 
