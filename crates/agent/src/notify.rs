@@ -58,13 +58,14 @@ fn wait_for_watcher() -> Result<(), Error> {
         fs::write(probe.join("enable"), "1")?;
         let mut pipe = fs::File::open(at("instances/kata/trace_pipe"))?;
         let read = pipe.read(&mut [0; 256]);
-        drop(pipe);
-        fs::write(probe.join("enable"), "0")?;
-        fs::remove_dir(at("instances/kata"))?;
-        fs::write(at("kprobe_events"), "-:kata/watch")?;
+        // A probe that stays is one more instruction.
+        drop(fs::write(probe.join("enable"), "0"));
         read.map(drop)
     };
     let outcome = waited().doing(action);
+    drop(fs::remove_dir(at("instances/kata")));
+    // Opened to be written anew it loses all that is in it.
+    drop(fs::File::create(at("kprobe_events")));
     rustix::mount::unmount(TRACING, rustix::mount::UnmountFlags::DETACH).doing(action)?;
     outcome
 }
