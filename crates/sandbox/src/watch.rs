@@ -5,7 +5,7 @@
 //! [`MOST`] directories of a container, changes are not told.
 
 use std::cell::RefCell;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
@@ -155,17 +155,15 @@ impl Watch {
         };
         let volumes = volumes.into_iter().map(open).collect::<io::Result<Vec<_>>>()?;
         let mut watch = Self { events, volumes, directories: HashMap::new(), full: false };
-        for index in 0..watch.volumes.len() {
-            watch.add(index, Path::new(""));
-        }
+        watch.add((0..watch.volumes.len()).map(|volume| (volume, PathBuf::new())).collect());
         info!(directories = watch.directories.len(), "volumes are watched for the guest");
         Ok(watch)
     }
 
-    /// Watches a directory of a volume and those below it, the upper ones first. One that cannot be watched is not.
-    fn add(&mut self, volume: usize, directory: &Path) {
-        let mut todo = std::collections::VecDeque::from([directory.to_owned()]);
-        while let Some(directory) = todo.pop_front() {
+    /// Watches directories of volumes and those below them, the upper ones of all volumes first. One that cannot be watched
+    /// is not.
+    fn add(&mut self, mut todo: VecDeque<(usize, PathBuf)>) {
+        while let Some((volume, directory)) = todo.pop_front() {
             if self.directories.len() >= MOST {
                 if !self.full {
                     warn!(
@@ -176,7 +174,8 @@ impl Watch {
                 self.full = true;
                 return;
             }
-            todo.extend(self.add_one(volume, directory).unwrap_or_default());
+            let found = self.add_one(volume, directory).unwrap_or_default();
+            todo.extend(found.into_iter().map(|directory| (volume, directory)));
         }
     }
 
@@ -227,7 +226,7 @@ impl Watch {
     /// Takes in what the kernel has to tell.
     fn read(&mut self, changes: &mut Changes) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); 4096];
-        let mut new = Vec::new();
+        let mut new = VecDeque::new();
         {
             let mut events = inotify::Reader::new(self.events.as_fd(), &mut space);
             loop {
@@ -249,16 +248,14 @@ impl Watch {
                 changes.insert((path, gone));
                 let made = event.events().intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO);
                 if made && event.events().contains(ReadFlags::ISDIR) {
-                    new.push((*volume, name));
+                    new.push_back((*volume, name));
                 }
                 if changes.len() >= BATCH {
                     break;
                 }
             }
         }
-        for (volume, directory) in new {
-            self.add(volume, &directory);
-        }
+        self.add(new);
         Ok(())
     }
 }
