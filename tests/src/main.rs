@@ -98,6 +98,7 @@ fn run(args: &Args) -> Result<bool> {
             "nested" => docker::run_nested(&bench, &mut report)?,
             "containerd" => containerd::run(&bench, &mut report)?,
             "cri" => cri::run(&bench, &mut report)?,
+            "pod-figures" => cri::figures(&bench, &mut report)?,
             "crash" => crash::run(&bench, &mut report),
             "bench" => bench::run(&bench, &mut report)?,
             "validation" => validation::run(&bench, &mut report)?,

@@ -2,6 +2,7 @@
 
 mod containers;
 mod faults;
+mod figures;
 mod pods;
 mod streams;
 
@@ -93,6 +94,27 @@ impl Pods {
             Ok(Some(self.status(id)?).filter(|status| status.state == EXITED))
         })
     }
+}
+
+/// Says what a pod costs with each runtime.
+pub(crate) fn figures(bench: &Bench, report: &mut Report) -> Result<()> {
+    let kata = bench.runtimes.iter().find(|runtime| runtime.is_kata());
+    let shims = kata.map(|runtime| shims(&bench.work, runtime)).transpose()?;
+    let config = kata.and_then(|runtime| runtime.config.clone());
+    let node = Rc::new(Node::start(&bench.work, "k", shims, config.as_deref())?);
+    for runtime in &bench.runtimes {
+        let pods = Pods {
+            node: Rc::clone(&node),
+            work: Rc::clone(&bench.work),
+            config: config.clone(),
+            handler: if runtime.is_kata() { "kata" } else { "runc" },
+            is_kata: runtime.is_kata(),
+        };
+        figures::measure(&pods, &runtime.name, &bench.host, report)?;
+    }
+    drop(node);
+    testkit::residue::remove_cgroups(bench.work.mark());
+    Ok(())
 }
 
 /// Runs the suite.

@@ -7,13 +7,13 @@ use protobuf::MessageField;
 use testkit::Run;
 use testkit::cri::PATIENCE;
 use testkit::cri::api::{
-    DNSConfig, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxSandboxSecurityContext,
-    NamespaceMode, NamespaceOption, PodSandboxConfig,
+    DNSConfig, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
+    LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PodSandboxConfig,
 };
 use testkit::eventually;
 
 use super::Pods;
-use crate::case::{Case, case, has, same};
+use crate::case::{Case, case, has, same, skip};
 
 pub(super) const CASES: &[Case<Pods>] = &[
     case("a pod's containers have one kernel, which is not the host's", one_kernel),
@@ -23,8 +23,31 @@ pub(super) const CASES: &[Case<Pods>] = &[
     case("a pod has its host name, its DNS servers and its sysctls", names),
     case("a pod can share its process namespace", shared_processes),
     case("a container that is made again joins the pod as it runs", made_again),
+    case("a pod's machine has the size that the pod's limits need", size),
     case("a stopped pod is not ready, and is removed with its containers", stopped),
 ];
+
+/// As a kubelet tells the sums of a pod's limits.
+fn size(pods: &Pods) -> Result<()> {
+    let mut config = pods.config();
+    let linux = config.linux.mut_or_insert_default();
+    linux.resources = MessageField::some(LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 150_000,
+        memory_limit_in_bytes: 3 << 30,
+        ..Default::default()
+    });
+    let pod = pods.run(config)?;
+    let id = pod.run_line("one", "sleep 1000")?;
+    if !pods.is_kata {
+        return Err(skip("a virtual machine"));
+    }
+    same("processors", pod.text(&id, "nproc")?.as_str(), "2")?;
+    let total = pod.text(&id, "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?;
+    let mib = total.parse::<u64>()? >> 10;
+    ensure!(mib > 2800, "{mib} MiB");
+    Ok(())
+}
 
 const BOOT_ID: &str = "cat /proc/sys/kernel/random/boot_id";
 
