@@ -4,6 +4,7 @@
 //! host side is in this crate.
 
 pub mod cgroup;
+pub mod clock;
 pub mod file;
 pub mod file_system;
 mod host;

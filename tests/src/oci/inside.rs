@@ -1,6 +1,7 @@
 //! What the configuration makes of the container's inside.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use serde_json::json;
@@ -21,6 +22,7 @@ pub(super) const CASES: &[Case<Oci>] = &[
     case("what the container writes is in the rootfs on the host", written),
     case("the usual devices are there and others are refused", devices),
     case("the container is pid 1 of its own namespace and sees only its processes", processes),
+    case("the clock runs as fast as the host's", clock),
     case("a network namespace by path brings its interface and addresses", network_namespace),
 ];
 
@@ -40,6 +42,26 @@ fn copies_differ(oci: &Oci) -> Result<()> {
     let now = Run::new("date").arg("+%s").text()?.parse::<i64>()?;
     let then = other[3].parse::<i64>()?;
     ensure!((now - then).abs() < 30, "the guest's clock says {then}, the host's {now}");
+    Ok(())
+}
+
+fn clock(oci: &Oci) -> Result<()> {
+    let container = oci.sleeper()?;
+    let guest = || -> Result<f64> {
+        let text = container.shell("cat /proc/uptime")?;
+        let first = text.split(' ').next().unwrap_or_default();
+        Ok(first.parse()?)
+    };
+    // A reading of the guest's lies somewhere between two of the host's.
+    let start = Instant::now();
+    let first = guest()?;
+    let (inner, enough) = (Instant::now(), Duration::from_secs(3));
+    while inner.elapsed() < enough {
+        guest()?;
+    }
+    let passed = guest()? - first;
+    let (least, most) = (enough.as_secs_f64() * 0.7, start.elapsed().as_secs_f64() * 1.3);
+    ensure!(least < passed && passed < most, "{passed} s passed, not {least} to {most}");
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use std::process::{self, Stdio};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use linux::clock::Reading;
 use linux::ledger::{Ledger, Undo};
 use linux::process::{Child, Command};
 use rustix::process::Signal;
@@ -16,7 +17,7 @@ use crate::back_ends::{self, BackEnds, Listeners, Sockets};
 use crate::error::host;
 use crate::log::escaped;
 use crate::processes::{Processes, logs};
-use crate::{Capabilities, Error, Hypervisor, Vm, VmSpec, memory};
+use crate::{Acceleration, Capabilities, Error, Hypervisor, Vm, VmSpec, memory};
 
 mod arguments;
 mod qmp;
@@ -71,7 +72,9 @@ impl Hypervisor for Qemu {
         dir: &Path,
         ledger: &mut Ledger,
     ) -> Result<Box<dyn Vm>, Error> {
-        let parts = Parts { spec, dir, fingerprint: self.fingerprint(spec)? };
+        let fingerprint = self.fingerprint(spec)?;
+        let spec = &with_frequency(spec).await;
+        let parts = Parts { spec, dir, fingerprint };
         let memory = memory::create(spec.memory_mib).map_err(host("make memory for", dir))?;
         let (monitor, vm) = start(&parts, memory, Start::Boot, ledger)?;
         Ok(Box::new(QemuVm::connect(monitor, vm, START).await?))
@@ -98,6 +101,25 @@ impl Hypervisor for Qemu {
         vm.load(&template, spec).await?;
         Ok(Box::new(vm))
     }
+}
+
+/// Tells an emulated guest how fast its time stamp counter runs, which is the host's. By itself its kernel compares the
+/// counter with an emulated timer; on a busy host it is wrong by any factor then, and so is its clock for good.
+async fn with_frequency(spec: &VmSpec) -> VmSpec {
+    /// Long against the microsecond that a reading may be off.
+    const MEASURED: Duration = Duration::from_millis(20);
+    let mut spec = spec.clone();
+    if spec.acceleration != Acceleration::Tcg {
+        return spec;
+    }
+    let from = Reading::now();
+    tokio::time::sleep(MEASURED).await;
+    let khz = from.zip(Reading::now()).and_then(|(from, to)| from.khz_until(&to));
+    if let Some(khz) = khz {
+        // The user's own words come last, and win.
+        spec.cmdline.insert_str(0, &format!("tsc_early_khz={khz} "));
+    }
+    spec
 }
 
 /// What a machine is made of.
