@@ -4,6 +4,8 @@
 //! measured is told at the options.
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::RawFd;
 use std::path::Path;
 
@@ -29,8 +31,34 @@ pub(super) struct Inherited {
 pub(super) enum Start {
     /// The kernel's first instruction.
     Boot,
-    /// A template, loaded by the monitor later; its back ends' devices are added after that.
-    Template,
+    /// A template, loaded by the monitor later; its back ends' devices are added after that. The kernel is in the
+    /// template's memory: to read it anew would cost a third of the start, and its size in the host's memory once more.
+    Template(Loader),
+}
+
+/// What QEMU puts into a machine to start a kernel of a kind. A template of it has the same in its state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loader {
+    /// Of an ELF image, by its PVH entry.
+    Pvh,
+    /// Of a bzImage.
+    Linux,
+}
+
+impl Loader {
+    /// That of `kernel`.
+    pub(super) fn of(kernel: &Path) -> io::Result<Self> {
+        let mut magic = [0; 4];
+        File::open(kernel)?.read_exact(&mut magic)?;
+        Ok(if magic == *b"\x7fELF" { Self::Pvh } else { Self::Linux })
+    }
+
+    fn rom(self) -> &'static str {
+        match self {
+            Self::Pvh => "pvh.bin",
+            Self::Linux => "linuxboot_dma.bin",
+        }
+    }
 }
 
 /// The kernel's parameters on every machine.
@@ -66,9 +94,14 @@ pub(super) fn arguments(
     );
     machine(spec, &mut line);
     memory(spec, fds.memory, &mut line);
-    line.option("-kernel", &spec.kernel);
-    line.option("-initrd", &spec.initrd);
-    line.option("-append", kernel_parameters(spec));
+    match from {
+        Start::Boot => {
+            line.option("-kernel", &spec.kernel);
+            line.option("-initrd", &spec.initrd);
+            line.option("-append", kernel_parameters(spec));
+        }
+        Start::Template(loader) => line.option("-option-rom", loader.rom()),
+    }
 
     let Inherited { qmp, console, .. } = fds;
     line.option("-chardev", format!("socket,id=qmp,fd={qmp}"));
@@ -84,7 +117,7 @@ pub(super) fn arguments(
                 line.option("-device", device.to_string());
             }
         }
-        Start::Template => line.option("-incoming", "defer"),
+        Start::Template(_) => line.option("-incoming", "defer"),
     }
     line.words
 }

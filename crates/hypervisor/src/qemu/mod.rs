@@ -26,7 +26,7 @@ mod slots;
 mod template;
 mod vm;
 
-use arguments::{Inherited, Start};
+use arguments::{Inherited, Loader, Start};
 use template::Template;
 use vm::{QemuVm, Shape, Started};
 
@@ -89,12 +89,13 @@ impl Hypervisor for Qemu {
     ) -> Result<Box<dyn Vm>, Error> {
         let parts = Parts { spec, dir, fingerprint: self.fingerprint(spec)? };
         let template = Template::open(template, &parts.fingerprint)?;
+        let loader = Loader::of(&spec.kernel).map_err(host("read", &spec.kernel))?;
         let memory = memory::create(spec.memory_mib).map_err(host("make memory for", dir))?;
         let clone = |file: &File| file.try_clone().map_err(host("make memory for", dir));
         let (from, to) = (clone(&template.memory)?, clone(&memory)?);
         // While QEMU starts, which takes about as long.
         let filling = tokio::task::spawn_blocking(move || memory::fill(&from, &to));
-        let (monitor, vm) = start(&parts, memory, Start::Template, ledger)?;
+        let (monitor, vm) = start(&parts, memory, Start::Template(loader), ledger)?;
         let mut vm = QemuVm::connect(monitor, vm, START).await?;
         let filled = filling.await.unwrap_or_else(|error| Err(io::Error::other(error)));
         filled.map_err(host("fill the memory for", dir))?;
