@@ -66,6 +66,7 @@ async fn serve(started: Duration) -> Result<(), Error> {
     let listening = streams.listen()?;
     let bridging = loopback::serve()?;
     let containers = Arc::new(Containers::new(reaper, Arc::clone(&streams)));
+    containers.prepare()?;
     let events = uevent::Events::open()?;
     let server = rpc::serve(containers, started).await?;
     tokio::spawn(uevent::follow(events));

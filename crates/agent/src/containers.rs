@@ -4,8 +4,9 @@
 //! something run to their end in tasks of their own, also when the host that asked has gone.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,7 +19,7 @@ use crate::cgroup::Cgroup;
 use crate::container::Container;
 use crate::error::{Doing, Error};
 use crate::init::request::{Request, Role};
-use crate::launch::{Control, launch};
+use crate::launch::{Control, Spare, launch};
 use crate::process::{Exit, Output, Process};
 use crate::reaper::Reaper;
 use crate::sockets::Sockets;
@@ -38,6 +39,7 @@ pub(crate) struct Containers {
     events: broadcast::Sender<agent::Event>,
     /// Whether the host was, or will be, told that files are watched.
     watched: AtomicBool,
+    spare: Arc<Spare>,
 }
 
 /// A process that was just started, and what the host needs to know of it.
@@ -52,7 +54,13 @@ impl Containers {
     pub(crate) fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
         let (events, _) = broadcast::channel(64);
         let watched = AtomicBool::new(false);
-        Self { table: Mutex::default(), reaper, streams, events, watched }
+        let spare = Arc::default();
+        Self { table: Mutex::default(), reaper, streams, events, watched, spare }
+    }
+
+    /// Prepares for the first process.
+    pub(crate) fn prepare(&self) -> Result<(), Error> {
+        self.spare.keep()
     }
 
     /// Makes a container up to its user's program.
@@ -205,7 +213,8 @@ impl Containers {
         // From here on no exit is lost, however short the process's life.
         let _starting = self.reaper.starting();
         let mut files = Files::new(request, streams).doing(|| "make pipes".to_owned())?;
-        let launched = launch(request, files.take_stdio()).await?;
+        let stdio = files.take_stdio().doing(|| "open /dev/null".to_owned())?;
+        let launched = launch(&self.spare, request, stdio).await?;
         if let Some(master) = launched.terminal {
             let terminal = Source::new(master).doing(|| "take over the terminal".to_owned())?;
             files.terminal = Some(Arc::new(terminal));
@@ -214,6 +223,7 @@ impl Containers {
         let process = Process::new(launched.pid, files.output(), is_init, cgroup.clone());
         let mut created = files.offer(&self.streams, &request.container, exec)?;
         created.pid = launched.pid;
+        created.marks = launched.marks.to_wire();
         let watched = Arc::clone(&process);
         self.reaper.watch(launched.pid, move |status| watched.ended(status));
         Ok(Started { process, control: launched.control, created })
@@ -343,7 +353,7 @@ fn terminal(process: &oci::Process, asked: Option<&agent::TtySize>) -> Option<(u
 /// A process's standard streams: its ends until it has them, and ours.
 #[derive(Default)]
 struct Files {
-    stdio: Option<[Stdio; 3]>,
+    stdio: [Option<OwnedFd>; 3],
     stdin: Option<End>,
     stdout: Option<Arc<Source>>,
     stderr: Option<Arc<Source>>,
@@ -353,30 +363,32 @@ struct Files {
 impl Files {
     fn new(request: &Request, streams: &agent::Streams) -> std::io::Result<Self> {
         let mut files = Self::default();
-        let mut stdio = [Stdio::null(), Stdio::null(), Stdio::null()];
         if request.terminal.is_none() {
             if streams.stdin {
                 let (theirs, ours) = stdio::input()?;
-                stdio[0] = theirs.into();
+                files.stdio[0] = Some(theirs);
                 files.stdin = Some(ours);
             }
             if streams.stdout {
                 let (theirs, ours) = stdio::output()?;
-                stdio[1] = theirs.into();
+                files.stdio[1] = Some(theirs);
                 files.stdout = Some(ours);
             }
             if streams.stderr {
                 let (theirs, ours) = stdio::output()?;
-                stdio[2] = theirs.into();
+                files.stdio[2] = Some(theirs);
                 files.stderr = Some(ours);
             }
         }
-        files.stdio = Some(stdio);
         Ok(files)
     }
 
-    fn take_stdio(&mut self) -> [Stdio; 3] {
-        self.stdio.take().unwrap_or_else(|| [Stdio::null(), Stdio::null(), Stdio::null()])
+    /// The process's ends; the null device where there is no stream.
+    fn take_stdio(&mut self) -> std::io::Result<[OwnedFd; 3]> {
+        let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
+        let [stdin, stdout, stderr] =
+            self.stdio.each_mut().map(|end| end.take().map_or_else(null, Ok));
+        Ok([stdin?, stdout?, stderr?])
     }
 
     fn output(&self) -> Output {

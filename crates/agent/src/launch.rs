@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
-use std::process::Stdio;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::MemfdFlags;
@@ -16,11 +16,15 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::error::{Doing, Error};
-use crate::init::request::{Report, Request, Role, START};
+use crate::init::request::{ORDER, Report, Request, Role, START};
+use crate::marks::Marks;
 use crate::sys;
 
 /// How long a container may take to be set up. Its file systems may be slow, but not for ever.
 const DEADLINE: Duration = Duration::from_mins(1);
+
+/// How long the next `container-init` is not started after one was employed: what that becomes has the processor first.
+const PAUSE: Duration = Duration::from_millis(200);
 
 const KILLED: &str = "the process was killed while it was set up";
 
@@ -34,6 +38,54 @@ pub(crate) struct Launched {
     pub(crate) pid: u32,
     pub(crate) terminal: Option<OwnedFd>,
     pub(crate) control: Control,
+    pub(crate) marks: Marks,
+}
+
+/// A `container-init` that has been started and not yet been told what to become. To start one takes longer than all that
+/// it does then, so one is kept waiting.
+#[derive(Debug, Default)]
+pub(crate) struct Spare(Mutex<Option<Control>>);
+
+impl Spare {
+    /// Starts one, unless one is waiting.
+    pub(crate) fn keep(&self) -> Result<(), Error> {
+        let mut spare = self.waiting();
+        if spare.is_none() {
+            *spare = Some(spawn()?);
+        }
+        Ok(())
+    }
+
+    /// Starts the next one when the guest has had time for what it was asked to run.
+    fn keep_later(self: &Arc<Self>) {
+        let spare = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(PAUSE).await;
+            if let Err(error) = spare.keep() {
+                crate::console::err(&format!("kata-agent: {}", error.chain()));
+            }
+        });
+    }
+
+    /// Tells one what to become.
+    fn employ(self: &Arc<Self>, order: &File, stdio: &[OwnedFd; 3]) -> Result<Control, Error> {
+        let action = || "tell a process what to become".to_owned();
+        let waiting = self.waiting().take();
+        self.keep_later();
+        if let Some(control) = waiting
+            && control.order(order, stdio).is_ok()
+        {
+            return Ok(control);
+        }
+        // There is none, or it was killed.
+        let control = spawn()?;
+        control.order(order, stdio).doing(action)?;
+        Ok(control)
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Option<Control>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Starts the process of `request` with these standard streams: a container's init up to its user's program, an
@@ -42,17 +94,31 @@ pub(crate) struct Launched {
 /// # Errors
 ///
 /// When it cannot be set up, with the reason that it gave.
-pub(crate) async fn launch(request: &Request, stdio: [Stdio; 3]) -> Result<Launched, Error> {
-    let control = spawn(request, stdio)?;
+pub(crate) async fn launch(
+    spare: &Arc<Spare>,
+    request: &Request,
+    stdio: [OwnedFd; 3],
+) -> Result<Launched, Error> {
+    let mut marks = Marks::default();
+    marks.mark("launch");
+    let control = spare.employ(&written(request)?, &stdio)?;
+    drop(stdio);
+    marks.mark("employed");
     let mut pid = None;
     let mut terminal = None;
     let follow = async {
         loop {
             match control.receive().await? {
-                Some((Report::Forked(number), _)) => pid = Some(number),
+                Some((Report::Forked(number, of_init), _)) => {
+                    pid = Some(number);
+                    marks.append(of_init);
+                }
                 Some((Report::Terminal, fd)) => terminal = fd,
                 Some((Report::Failed(text), _)) => return Err(Error::Setup(text)),
-                Some((Report::Ready, _)) => return Ok(()),
+                Some((Report::Ready(of_process), _)) => {
+                    marks.append(of_process);
+                    return Ok(());
+                }
                 // An exec says nothing more when it has become its program; an init must wait for the word.
                 None if matches!(request.role, Role::Exec { .. }) => return Ok(()),
                 None => return Err(Error::Setup(KILLED.to_owned())),
@@ -74,10 +140,21 @@ pub(crate) async fn launch(request: &Request, stdio: [Stdio; 3]) -> Result<Launc
         }
     }
     let pid = pid.ok_or_else(|| Error::Setup(KILLED.to_owned()))?;
-    Ok(Launched { pid, terminal, control })
+    marks.mark("launched");
+    Ok(Launched { pid, terminal, control, marks })
 }
 
-fn spawn(request: &Request, [stdin, stdout, stderr]: [Stdio; 3]) -> Result<Control, Error> {
+/// The request as a file, which can be as long as it likes.
+fn written(request: &Request) -> Result<File, Error> {
+    let action = || "write down what a process shall become".to_owned();
+    let json = serde_json::to_vec(request).map_err(io::Error::from).doing(action)?;
+    let memory = rustix::fs::memfd_create("kata-request", MemfdFlags::CLOEXEC).doing(action)?;
+    let mut memory = File::from(memory);
+    memory.write_all(&json).doing(action)?;
+    Ok(memory)
+}
+
+fn spawn() -> Result<Control, Error> {
     let action = || "start the process that sets up containers".to_owned();
     let (ours, theirs) = rustix::net::socketpair(
         AddressFamily::UNIX,
@@ -87,23 +164,26 @@ fn spawn(request: &Request, [stdin, stdout, stderr]: [Stdio; 3]) -> Result<Contr
     )
     .doing(action)?;
     rustix::io::ioctl_fionbio(&ours, true).doing(action)?;
-    let memory = rustix::fs::memfd_create("kata-request", MemfdFlags::CLOEXEC).doing(action)?;
-    let mut memory = File::from(memory);
-    let json = serde_json::to_vec(request).map_err(io::Error::from).doing(action)?;
-    memory.write_all(&json).doing(action)?;
     let mut command = linux::process::Command::new("/proc/self/exe");
     let control = command.pass(theirs).to_string();
-    let request = command.pass(memory.into()).to_string();
-    command
-        .name("kata-agent")
-        .args(["container-init", &control, &request])
-        .environment::<&str, &str>([])
-        .stdio(stdin, stdout, stderr);
+    command.name("kata-agent").args(["container-init", &control]).environment::<&str, &str>([]);
     command.spawn().doing(action)?;
     Ok(Control(sys::watched(ours).doing(action)?))
 }
 
 impl Control {
+    /// Gives a process that waits for it its request and its standard streams.
+    fn order(&self, request: &File, stdio: &[OwnedFd; 3]) -> io::Result<()> {
+        let [stdin, stdout, stderr] = stdio.each_ref().map(AsFd::as_fd);
+        let fds = [request.as_fd(), stdin, stdout, stderr];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(&fds));
+        let slices = [IoSlice::new(ORDER)];
+        rustix::net::sendmsg(self.0.get_ref(), &slices, &mut ancillary, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
     /// Has a container's init run the user's program, and waits until it does.
     ///
     /// # Errors
@@ -160,6 +240,29 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<(Report, Option<OwnedFd>)>> {
         return Ok(None);
     }
     Ok(Some((serde_json::from_slice(&bytes[..message.bytes])?, fd)))
+}
+
+/// Waits, on the other side, for the request and the standard streams. Nothing where they will never come.
+///
+/// # Errors
+///
+/// When what comes is not that.
+pub(crate) fn wait_for_order(control: &OwnedFd) -> io::Result<Option<(File, [OwnedFd; 3])>> {
+    let mut bytes = [0; ORDER.len()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut slices = [IoSliceMut::new(&mut bytes)];
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let message = rustix::net::recvmsg(control, &mut slices, &mut ancillary, flags)?;
+    if message.bytes == 0 {
+        return Ok(None);
+    }
+    let mut fds = ancillary.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+        _ => Vec::new(),
+    });
+    let mut next = || fds.next().ok_or(io::ErrorKind::UnexpectedEof);
+    Ok(Some((next()?.into(), [next()?, next()?, next()?])))
 }
 
 /// Sends a report, from the other side, with a fd attached to it.

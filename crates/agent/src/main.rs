@@ -19,6 +19,7 @@ mod filesystem;
 mod init;
 mod launch;
 mod loopback;
+mod marks;
 mod modules;
 mod network;
 mod notify;
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
         env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
-        ["container-init", control, request] => init::main(control, request),
+        ["container-init", control] => init::main(control),
         // In these words the kernel asks.
         ["-q", "--", module] => match modules::load(module) {
             Ok(()) => ExitCode::SUCCESS,

@@ -30,13 +30,23 @@ use rustix::process::DumpableBehavior;
 
 use self::failure::{During, Failure};
 use self::request::{Report, Request, Role, START};
-use crate::launch::report;
+use crate::launch::{report, wait_for_order};
+use crate::marks::Marks;
 use crate::sys::{self, Fork};
 
-/// The role's main function. Its arguments are the numbers of the control socket and of the request.
-pub(crate) fn main(control: &str, request: &str) -> ExitCode {
+/// The role's main function. Its argument is the number of the control socket.
+pub(crate) fn main(control: &str) -> ExitCode {
     let Ok(control) = inherit(control, "control socket") else { return ExitCode::FAILURE };
-    let result = read_request(request).and_then(|request| run(&control, &request));
+    let (file, stdio) = match wait_for_order(&control) {
+        Ok(Some(order)) => order,
+        // PID 1 ends, or lies.
+        Ok(None) | Err(_) => return ExitCode::FAILURE,
+    };
+    let mut marks = Marks::default();
+    marks.mark("init_ordered");
+    let result = take_stdio(stdio)
+        .and_then(|()| read_request(file))
+        .and_then(|request| run(&control, &request, marks));
     let text = match result {
         Ok(code) => return code,
         Err(Failure(text)) => text,
@@ -55,8 +65,14 @@ fn inherit(number: &str, what: &'static str) -> Result<OwnedFd, Failure> {
     sys::inherited(number).during(|| format!("take over the {what}"))
 }
 
-fn read_request(number: &str) -> Result<Request, Failure> {
-    let mut file = fs::File::from(inherit(number, "request")?);
+fn take_stdio([stdin, stdout, stderr]: [OwnedFd; 3]) -> Result<(), Failure> {
+    rustix::stdio::dup2_stdin(stdin)
+        .and_then(|()| rustix::stdio::dup2_stdout(stdout))
+        .and_then(|()| rustix::stdio::dup2_stderr(stderr))
+        .during(|| "take over the standard streams".to_owned())
+}
+
+fn read_request(mut file: fs::File) -> Result<Request, Failure> {
     let action = || "read the request".to_owned();
     std::io::Seek::rewind(&mut file).during(action)?;
     let mut json = Vec::new();
@@ -65,7 +81,8 @@ fn read_request(number: &str) -> Result<Request, Failure> {
 }
 
 /// In the first process: forks the second and ends. In the second: ends only with a failure.
-fn run(control: &OwnedFd, request: &Request) -> Result<ExitCode, Failure> {
+fn run(control: &OwnedFd, request: &Request, mut marks: Marks) -> Result<ExitCode, Failure> {
+    marks.mark("init_request");
     enter_cgroup(request)?;
     if let Some(score) = request.process.oom_score_adj() {
         fs::write("/proc/self/oom_score_adj", score.to_string())
@@ -84,6 +101,7 @@ fn run(control: &OwnedFd, request: &Request) -> Result<ExitCode, Failure> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .during(|| "make the process undumpable".to_owned())?;
     let new = namespaces::enter(request)?;
+    marks.mark("init_prepared");
     let (mut gate, mut opener) = std::io::pipe().during(|| "make a pipe".to_owned())?;
     match sys::fork(new.flags | libc::CLONE_PARENT).during(|| "clone".to_owned())? {
         Fork::Parent(pid) => {
@@ -91,7 +109,8 @@ fn run(control: &OwnedFd, request: &Request) -> Result<ExitCode, Failure> {
             if let Role::Init(spec) = &request.role {
                 namespaces::map_ids(spec, pid)?;
             }
-            report(control, &Report::Forked(pid), None).during(|| "report".to_owned())?;
+            marks.mark("forked");
+            report(control, &Report::Forked(pid, marks), None).during(|| "report".to_owned())?;
             // The child goes on only now, so that its reports come after ours.
             opener.write_all(&[0]).during(|| "let the process go on".to_owned())?;
             Ok(ExitCode::SUCCESS)
@@ -117,6 +136,8 @@ fn become_program(
     user: bool,
     sysfs: Option<OwnedFd>,
 ) -> Result<ExitCode, Failure> {
+    let mut marks = Marks::default();
+    marks.mark("process_began");
     if user {
         become_user::become_root()?;
     }
@@ -129,7 +150,9 @@ fn become_program(
             if let Some(size) = request.terminal {
                 terminal::open(control, size, Some(&root))?;
             }
+            marks.mark("rootfs_built");
             rootfs::seal(spec, root)?;
+            marks.mark("rootfs_entered");
         }
         Role::Exec { .. } => {
             if let Some(size) = request.terminal {
@@ -144,7 +167,8 @@ fn become_program(
     let environment = become_user::become_user(process, seccomp)?;
     let program = program::Program::find(process, environment)?;
     if let Role::Init(spec) = &request.role {
-        report(control, &Report::Ready, None).during(|| "report".to_owned())?;
+        marks.mark("process_ready");
+        report(control, &Report::Ready(marks), None).during(|| "report".to_owned())?;
         if !wait_for_start(control)? {
             // The container was removed before it was started.
             return Ok(ExitCode::SUCCESS);

@@ -1,11 +1,12 @@
 //! What PID 1 tells a `container-init`, and what it is told back.
 //!
-//! The request is JSON in a memfd. The answers, and the word to start, are messages of a `SOCK_SEQPACKET` socket
-//! pair, see unix(7). Its other end closes with the successful execve(2) of the user's program.
+//! The request is JSON in a memfd, which comes with the process's standard streams as the first message of a
+//! `SOCK_SEQPACKET` socket pair, see unix(7). The answers, and the word to start, are messages of it too. Its other end closes with the successful execve(2) of the user's program.
 
 use std::path::PathBuf;
 
 use protocol::oci;
+use crate::marks::Marks;
 use serde::{Deserialize, Serialize};
 
 /// What to become.
@@ -36,14 +37,17 @@ pub(crate) enum Role {
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Report {
     /// The process is there; its pid in the guest's root pid namespace.
-    Forked(u32),
+    Forked(u32, Marks),
     /// The terminal's master is attached to this message.
     Terminal,
     /// All is ready for the user's program; a container's init now waits for the word to start it.
-    Ready,
+    Ready(Marks),
     /// It could not be done, in runc's words where clients read them.
     Failed(String),
 }
+
+/// The word that comes with a request, and the standard streams.
+pub(crate) const ORDER: &[u8] = b"order";
 
 /// The word to start the user's program.
 pub(crate) const START: &[u8] = b"start";
