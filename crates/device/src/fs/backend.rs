@@ -18,7 +18,6 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 use virtio_queue::{QueueOwnedT, QueueT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::server::Server;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -26,6 +25,7 @@ use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
+use super::keep::Kept;
 use super::{echo, failed};
 use crate::Error;
 
@@ -52,13 +52,13 @@ enum Fault {
 
 /// The device as the vhost-user library sees it.
 pub(super) struct Backend {
-    server: Server<PassthroughFs>,
+    server: Server<Kept>,
     memory: RwLock<Option<Memory>>,
     report: Sender<Result<(), Error>>,
 }
 
 impl Backend {
-    pub(super) fn new(server: Server<PassthroughFs>, report: Sender<Result<(), Error>>) -> Self {
+    pub(super) fn new(server: Server<Kept>, report: Sender<Result<(), Error>>) -> Self {
         Self { server, memory: RwLock::new(None), report }
     }
 

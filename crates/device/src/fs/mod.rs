@@ -18,8 +18,10 @@ use crate::jail::Opened;
 
 mod backend;
 mod echo;
+mod keep;
 
 use backend::Backend;
+use keep::Kept;
 
 /// How long the guest may believe what it was told of a file without asking again: the host may change it, seldom.
 const BELIEF: Duration = Duration::from_secs(1);
@@ -47,7 +49,7 @@ pub(crate) fn start(
     report: Sender<Result<(), Error>>,
 ) -> Result<(), Error> {
     let files = PassthroughFs::new(config(opened)?).map_err(|error| failed(error.into()))?;
-    let backend = Arc::new(Backend::new(Server::new(files), report.clone()));
+    let backend = Arc::new(Backend::new(Server::new(Kept::new(files)), report.clone()));
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon = VhostUserDaemon::new("fs".into(), backend, memory)
         .map_err(|error| failed(error.to_string().into()))?;
