@@ -23,6 +23,7 @@ mod marks;
 mod modules;
 mod network;
 mod notify;
+mod pci;
 mod process;
 mod reaper;
 mod resources;

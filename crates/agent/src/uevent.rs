@@ -9,10 +9,12 @@ use protocol::READY_PORT;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, netlink};
 use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
+use tokio::task::JoinHandle;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
 use crate::console;
 use crate::error::{Doing, Error};
+use crate::pci::Slots;
 use crate::sys;
 
 /// The multicast group of what the kernel itself says.
@@ -67,10 +69,17 @@ const LOST: &[u8] = b"lost\0ACTION=bind\0SUBSYSTEM=virtio\0DRIVER=vmw_vsock_virt
 /// listens, and takes CPUs and memory into use that the host has plugged in.
 pub(crate) async fn follow(events: Events) {
     tell_host().await;
+    let slots = Slots::in_use();
+    let mut refill: Option<JoinHandle<()>> = None;
     loop {
         match events.next().await {
             Ok(event) => {
-                if is_vsock_bound(&event) {
+                if is_vsock(&event, b"ACTION=unbind") {
+                    if let Some(last) = refill.replace(tokio::spawn(slots.clone().refill())) {
+                        last.abort();
+                    }
+                }
+                if is_vsock(&event, b"ACTION=bind") {
                     tell_host().await;
                 }
                 if let Some(device) = added_processor_or_memory(&event) {
@@ -85,10 +94,11 @@ pub(crate) async fn follow(events: Events) {
     }
 }
 
-/// Whether a driver has just finished setting up a vsock device. Not `add`, which comes before its driver has it.
-fn is_vsock_bound(event: &[u8]) -> bool {
+/// Whether a driver has just finished setting up, or let go, a vsock device. Not `add`, which comes before its driver has
+/// it.
+fn is_vsock(event: &[u8], action: &[u8]) -> bool {
     let has = |line: &[u8]| event.split(|&byte| byte == 0).any(|one| one == line);
-    has(b"ACTION=bind") && has(b"DRIVER=vmw_vsock_virtio_transport")
+    has(action) && has(b"DRIVER=vmw_vsock_virtio_transport")
 }
 
 /// The path below /sys of a CPU or a block of memory that has just been plugged in.
@@ -134,7 +144,7 @@ async fn tell_host() {
 
 #[cfg(test)]
 mod tests {
-    use super::{added_processor_or_memory, is_vsock_bound};
+    use super::{added_processor_or_memory, is_vsock};
 
     #[test]
     fn a_plugged_in_cpu_is_found() {
@@ -156,7 +166,7 @@ mod tests {
             let text = format!(
                 "{action}@/devices/x/virtio3\0ACTION={action}\0SUBSYSTEM=virtio\0DRIVER={driver}\0"
             );
-            is_vsock_bound(text.as_bytes())
+            is_vsock(text.as_bytes(), b"ACTION=bind")
         };
         assert!(event("bind", "vmw_vsock_virtio_transport"));
         assert!(!event("add", "vmw_vsock_virtio_transport"));

@@ -29,6 +29,7 @@ use tokio::task::JoinHandle;
 
 use self::plan::{Interface, Neighbor, Plan, Prefix, Route};
 use crate::error::{Doing, Error};
+use crate::pci;
 
 /// How long an interface that the host has plugged in may take to appear.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -131,14 +132,19 @@ impl Link {
     /// Finds the interfaces by their MAC addresses; waits for those that are still on their way.
     async fn wait_for(&mut self, interfaces: &[Interface]) -> Result<Vec<Nic>, Error> {
         let deadline = tokio::time::Instant::now() + DEADLINE;
+        let drivers = tokio::time::Instant::now() + pci::DRIVERS_TIME;
         loop {
             let there = self.nics().await?;
             let find = |wanted: &Interface| there.iter().find(|nic| nic.mac == wanted.mac).cloned();
             let found: Vec<_> = interfaces.iter().map(find).collect();
             let missing = found.iter().position(Option::is_none);
             let Some(missing) = missing else { return Ok(found.into_iter().flatten().collect()) };
+            let now = tokio::time::Instant::now();
             // Any news of an interface is reason enough to look again.
-            if tokio::time::timeout_at(deadline, self.news.next()).await.is_err() {
+            if now < drivers {
+                pci::look();
+                drop(tokio::time::timeout(pci::PATIENCE, self.news.next()).await);
+            } else if tokio::time::timeout_at(deadline, self.news.next()).await.is_err() {
                 let name = &interfaces[missing].name;
                 let mac = interfaces[missing].mac.map(|byte| format!("{byte:02x}")).join(":");
                 let seconds = DEADLINE.as_secs();
