@@ -74,10 +74,10 @@ pub(crate) async fn follow(events: Events) {
     loop {
         match events.next().await {
             Ok(event) => {
-                if is_vsock(&event, b"ACTION=unbind") {
-                    if let Some(last) = refill.replace(tokio::spawn(slots.clone().refill())) {
-                        last.abort();
-                    }
+                if is_vsock(&event, b"ACTION=unbind")
+                    && let Some(last) = refill.replace(tokio::spawn(slots.clone().refill()))
+                {
+                    last.abort();
                 }
                 if is_vsock(&event, b"ACTION=bind") {
                     tell_host().await;

@@ -37,11 +37,8 @@ use crate::sys::{self, Fork};
 /// The role's main function. Its argument is the number of the control socket.
 pub(crate) fn main(control: &str) -> ExitCode {
     let Ok(control) = inherit(control, "control socket") else { return ExitCode::FAILURE };
-    let (file, stdio) = match wait_for_order(&control) {
-        Ok(Some(order)) => order,
-        // PID 1 ends, or lies.
-        Ok(None) | Err(_) => return ExitCode::FAILURE,
-    };
+    // Else PID 1 ends, or lies.
+    let Ok(Some((file, stdio))) = wait_for_order(&control) else { return ExitCode::FAILURE };
     let mut marks = Marks::default();
     marks.mark("init_ordered");
     let result = take_stdio(stdio)

@@ -5,8 +5,8 @@
 
 use std::path::PathBuf;
 
-use protocol::oci;
 use crate::marks::Marks;
+use protocol::oci;
 use serde::{Deserialize, Serialize};
 
 /// What to become.
