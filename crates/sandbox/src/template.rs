@@ -35,6 +35,8 @@ pub(crate) enum Origin {
     Boot,
     /// It goes on from a template.
     Template,
+    /// It has waited in the pool.
+    Pool,
 }
 
 /// Makes a machine as `spec` says: of a template where the configuration lets it, else one that boots.
@@ -94,10 +96,20 @@ async fn of_template(
     }
 }
 
-fn name(driver: &dyn Hypervisor, spec: &VmSpec) -> Result<String, Error> {
+pub(crate) fn name(driver: &dyn Hypervisor, spec: &VmSpec) -> Result<String, Error> {
     let fingerprint = driver.fingerprint(spec)?;
     let short = fingerprint.get(..16).unwrap_or(&fingerprint);
     Ok(format!("{}cpu-{}mib-{}-{short}", spec.vcpus, spec.memory_mib, env!("CARGO_PKG_VERSION")))
+}
+
+/// Removes the template for `spec`: its copies do not work.
+pub(crate) fn forget(driver: &dyn Hypervisor, spec: &VmSpec, config: &Config) {
+    let removed = name(driver, spec).map(|name| config.template.directory().join(name));
+    if let Ok(place) = removed
+        && let Err(error) = linux::remove_tree(&place)
+    {
+        warn!(template = %place.display(), %error, "a template that does not work was not removed");
+    }
 }
 
 fn touch(place: &Path) {

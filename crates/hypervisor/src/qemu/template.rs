@@ -8,6 +8,7 @@
 //! after loading.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -34,6 +35,20 @@ const MIGRATION: Duration = Duration::from_mins(1);
 #[derive(Debug, Serialize, Deserialize)]
 struct Description {
     fingerprint: String,
+    memory: Stamp,
+    state: Stamp,
+}
+
+/// A file's size and when it was changed, in seconds and nanoseconds: what was written or cut off since does not fit. A
+/// hash would cost each start more than all else that it does.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp(u64, i64, i64);
+
+impl Stamp {
+    fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Self(metadata.size(), metadata.mtime(), metadata.mtime_nsec()))
+    }
 }
 
 /// Changed when the templates of before are of no use, whatever they were made of: 2, those whose clock may run too fast.
@@ -80,14 +95,22 @@ impl Template {
         let text = fs::read(&path).map_err(host("read", &path))?;
         let description: Description = serde_json::from_slice(&text)
             .map_err(|error| host("understand", path)(error.into()))?;
+        let refused = |what: &str| Error::Refused {
+            driver: NAME,
+            operation: "use a template",
+            message: format!("{} {what}", directory.display()),
+        };
         if description.fingerprint != fingerprint {
-            return Err(Error::Refused {
-                driver: NAME,
-                operation: "use a template",
-                message: format!("{} is of another machine", directory.display()),
-            });
+            return Err(refused("is of another machine"));
         }
-        Ok(Self { memory: open(MEMORY)?, state: open(STATE)? })
+        let (memory, state) = (open(MEMORY)?, open(STATE)?);
+        let whole = Stamp::of(&memory).and_then(|stamp| {
+            Ok(stamp == description.memory && Stamp::of(&state)? == description.state)
+        });
+        if !whole.map_err(host("read", directory))? {
+            return Err(refused("is damaged: its files are not as they were written"));
+        }
+        Ok(Self { memory, state })
     }
 }
 
@@ -128,7 +151,12 @@ impl QemuVm {
         self.migrated(OPERATION).await?;
         let path = directory.join(MEMORY);
         memory::save(&self.memory, &saved).map_err(host("write", path))?;
-        let description = Description { fingerprint: self.fingerprint.clone() };
+        let stamp = |file: &File| Stamp::of(file).map_err(host("read", directory));
+        let description = Description {
+            fingerprint: self.fingerprint.clone(),
+            memory: stamp(&saved)?,
+            state: stamp(&state)?,
+        };
         let path = directory.join(DESCRIPTION);
         let text =
             serde_json::to_vec(&description).map_err(|error| host("write", &path)(error.into()))?;
