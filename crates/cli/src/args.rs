@@ -114,6 +114,9 @@ pub(crate) enum Command {
     /// Machines that have booted, of which sandboxes are copies.
     #[command(subcommand)]
     Template(Template),
+    /// Machines that wait for containers (`[pool]` in the configuration).
+    #[command(subcommand)]
+    Pool(Pool),
 }
 
 /// How a container is created; shared by `create` and `run`.
@@ -394,6 +397,20 @@ pub(crate) enum Template {
         #[arg(required_unless_present = "all")]
         names: Vec<String>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Pool {
+    /// Fill it now and wait until it is full, rather than after the next start.
+    Fill,
+    /// List its machines.
+    List {
+        /// `table` or `json`.
+        #[arg(short, long, value_enum, default_value = "table")]
+        format: Format,
+    },
+    /// End its machines.
+    Drain,
 }
 
 #[derive(Debug, Args)]

@@ -18,6 +18,7 @@ pub(crate) fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
     let [_, role, argument] = arguments else { return None };
     Some(match role.to_str()? {
         "sandbox" => with_channel(argument, sandbox::serve),
+        "keeper" => with_channel(argument, sandbox::pool::keep),
         "stand-in" => with_channel(argument, sandbox::stand_in),
         "device" => {
             let config = argument.to_str().unwrap_or_default();

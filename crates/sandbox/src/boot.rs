@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use hypervisor::{Acceleration, GuestStream, Port, SharedDirectory, Vm, VmSpec};
+use hypervisor::{Acceleration, GuestStream, Hypervisor, Port, SharedDirectory, Vm, VmSpec};
 use linux::ledger::Ledger;
 use protocol::agent as wire;
 use protocol::oci::LinuxResources;
@@ -19,7 +19,7 @@ use crate::launch::Launch;
 use crate::process::Prepared;
 use crate::resize;
 use crate::sockets::Sockets;
-use crate::template;
+use crate::template::{self, Origin};
 
 /// Fresh randomness for a guest.
 const ENTROPY_BYTES: usize = 64;
@@ -38,50 +38,101 @@ pub(crate) struct Booted {
     pub(crate) phases: Vec<(String, u64)>,
 }
 
-/// Boots the machine, and makes the guest one of its own.
-pub(crate) async fn boot(prepared: Prepared) -> Result<Booted, Error> {
-    let Prepared { launch, mut ledger, began } = prepared;
-    let (share, machine) = (launch.vm.share(), launch.vm.machine());
-    for path in [&share, &machine] {
-        fs::create_dir_all(path).map_err(Error::host("create", path))?;
-    }
-    linux::mount::share(&share).map_err(Error::host("share", &share))?;
+/// A machine whose agent answers.
+pub(crate) struct Machine {
+    pub(crate) vm: Box<dyn Vm>,
+    pub(crate) agent: Agent,
+    pub(crate) origin: Origin,
+    loopback: mpsc::Receiver<GuestStream>,
+    sockets: Sockets,
+    hello: wire::HelloResponse,
+    /// How long its vCPUs took to run, and its agent to answer.
+    phases: [Duration; 2],
+}
 
-    let config = &launch.config;
-    share_modules(config, &share)?;
-    let device_program = launch.device_program.clone();
-    let spec = machine_spec(config, launch.resources.as_ref(), share, device_program)?;
-    let driver = hypervisor::driver(&config.hypervisor.driver)?;
-    let (mut vm, origin) =
-        template::machine(driver.as_ref(), &spec, config, &machine, &mut ledger).await?;
-    let mut ready = vm.listen(Port(protocol::READY_PORT)).await?;
-    let loopback = vm.listen(Port(protocol::LOOPBACK_PORT)).await?;
-    let sockets = Sockets::default();
-    sockets.serve(vm.listen(Port(protocol::SOCKET_PORT)).await?);
-    vm.boot().await?;
-    let launched = began.elapsed();
-    let agent = connect(vm.as_ref(), &mut ready, config, &machine).await?;
-    let connected = began.elapsed();
-    let hello = agent.hello().await?;
-    agent.resync(resync(&launch.hostname)?).await?;
-    agent.mount(share_mount()).await?;
-    let phases = [
-        ("launched", launched),
-        ("agent", connected),
-        ("guest_kernel", Duration::from_millis(hello.kernel_ms)),
-        ("guest_agent", Duration::from_millis(hello.ready_ms)),
-        ("guest", began.elapsed()),
-    ];
-    let phases: Vec<_> = phases
-        .map(|(name, time)| (name.to_owned(), u64::try_from(time.as_millis()).unwrap_or(u64::MAX)))
-        .into();
+impl Machine {
+    /// Starts one of a template, or boots one; its guest is its own, and has mounted the share.
+    pub(crate) async fn start(
+        driver: &dyn Hypervisor,
+        spec: &VmSpec,
+        config: &Config,
+        dir: &Path,
+        ledger: &mut Ledger,
+        hostname: &str,
+    ) -> Result<Self, Error> {
+        let began = Instant::now();
+        let (mut vm, origin) = template::machine(driver, spec, config, dir, ledger).await?;
+        let mut ready = vm.listen(Port(protocol::READY_PORT)).await?;
+        let loopback = vm.listen(Port(protocol::LOOPBACK_PORT)).await?;
+        let sockets = Sockets::default();
+        sockets.serve(vm.listen(Port(protocol::SOCKET_PORT)).await?);
+        vm.boot().await?;
+        let launched = began.elapsed();
+        let connected = connect(vm.as_ref(), &mut ready, config, dir).await;
+        if connected.is_err() && origin == Origin::Template {
+            // Whatever is wrong with it, the next start is not to meet it again.
+            template::forget(driver, spec, config);
+        }
+        let agent = connected?;
+        let phases = [launched, began.elapsed()];
+        // All at once: none needs another, and each alone would wait for the guest's answer.
+        let (hello, (), ()) = tokio::try_join!(
+            agent.hello(),
+            agent.resync(resync(hostname)?),
+            agent.mount(share_mount())
+        )?;
+        Ok(Self { vm, agent, origin, loopback, sockets, hello, phases })
+    }
+}
+
+/// Boots the machine, unless there is one, and makes the guest one of its own.
+pub(crate) async fn boot(prepared: Prepared, machine: Option<Machine>) -> Result<Booted, Error> {
+    let Prepared { launch, mut ledger, began } = prepared;
+    let before = began.elapsed();
+    let machine = match machine {
+        Some(machine) => {
+            machine.agent.resync(resync(&launch.hostname)?).await?;
+            machine
+        }
+        None => start(&launch, &mut ledger).await?,
+    };
+    let Machine { vm, agent, origin, loopback, sockets, hello, phases } = machine;
+    let [launched, connected] = phases;
+    let mut phases = vec![("prepared", before), ("guest", began.elapsed())];
+    if origin != Origin::Pool {
+        let of_machine = [
+            ("launched", before + launched),
+            ("agent", before + connected),
+            ("guest_kernel", Duration::from_millis(hello.kernel_ms)),
+            ("guest_agent", Duration::from_millis(hello.ready_ms)),
+        ];
+        phases.splice(1..1, of_machine);
+    }
+    let phases = phases
+        .into_iter()
+        .map(|(name, time)| (name.to_owned(), u64::try_from(time.as_millis()).unwrap_or(u64::MAX)));
+    let phases: Vec<_> = phases.collect();
     let kernel = crate::error::from_guest(&hello.kernel_release);
     info!(?origin, kernel, ?phases, "the machine is ready");
     Ok(Booted { launch, ledger, vm, agent, loopback, sockets, began, phases })
 }
 
+async fn start(launch: &Launch, ledger: &mut Ledger) -> Result<Machine, Error> {
+    let (share, machine) = (launch.vm.share(), launch.vm.machine());
+    for path in [&share, &machine] {
+        fs::create_dir_all(path).map_err(Error::host("create", path))?;
+    }
+    linux::mount::share(&share).map_err(Error::host("share", &share))?;
+    let config = &launch.config;
+    share_modules(config, &share)?;
+    let device_program = launch.device_program.clone();
+    let spec = machine_spec(config, launch.resources.as_ref(), share, device_program)?;
+    let driver = hypervisor::driver(&config.hypervisor.driver)?;
+    Machine::start(driver.as_ref(), &spec, config, &machine, ledger, &launch.hostname).await
+}
+
 /// Gives the guest's kernel its modules, where kernel and modules are an image's.
-fn share_modules(config: &Config, share: &Path) -> Result<(), Error> {
+pub(crate) fn share_modules(config: &Config, share: &Path) -> Result<(), Error> {
     if config.image.kernel.is_some() {
         return Ok(());
     }

@@ -31,6 +31,8 @@ pub struct Config {
     pub hypervisor: HypervisorConfig,
     /// Starting sandboxes as copies of a booted machine.
     pub template: TemplateConfig,
+    /// Machines that wait for containers.
+    pub pool: PoolConfig,
     /// Who may change what by annotations.
     pub annotations: AnnotationConfig,
 }
@@ -169,6 +171,24 @@ pub enum TemplateMode {
     Off,
     /// They do not start otherwise.
     Require,
+}
+
+/// Machines that wait for containers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PoolConfig {
+    /// How many; 0: none. Each takes the memory of an idle sandbox.
+    pub size: u32,
+    /// Where they are kept; none: `/run/kata-containers/pool`. Not to be shared by hosts, and short: sockets are in it.
+    pub directory: Option<PathBuf>,
+}
+
+impl PoolConfig {
+    /// Where they are kept.
+    #[must_use]
+    pub fn directory(&self) -> PathBuf {
+        self.directory.clone().unwrap_or_else(|| "/run/kata-containers/pool".into())
+    }
 }
 
 /// Who may change what by annotations.

@@ -18,10 +18,11 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::config::Config;
 use crate::console::{self, Console};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Chain, Error, ErrorKind};
 use crate::hooks;
 use crate::launch::{Channel, Go, Init, Launch, Order, Process, Report};
 use crate::operations::{hook_state, settle};
+use crate::pool;
 use crate::resources;
 use crate::spec::{Bundle, SharedNamespace};
 use crate::state::{ContainerDir, ContainerId, ContainerRecord, Root};
@@ -102,6 +103,12 @@ pub fn create(request: &Create<'_>) -> Result<Created, Error> {
         });
     if created.is_err() {
         settle(&dir);
+    }
+    if joined.is_none()
+        && config.pool.size > 0
+        && let Err(error) = pool::refill(&config, request.program)
+    {
+        tracing::warn!(error = %Chain(&error), "the pool is not filled");
     }
     created
 }
@@ -224,6 +231,10 @@ impl Start<'_> {
     }
 
     fn spawn_sandbox(&self) -> Result<Started, Error> {
+        let resources = self.request.bundle.resources();
+        if let Some(channel) = pool::claim(self.config, resources, self.request.program) {
+            return Ok(Started { child: Killed(None), channel });
+        }
         let mut command = Command::new(self.request.program);
         command.stdio(ChildStdio::null(), ChildStdio::null(), ChildStdio::null());
         self.spawn(command, "sandbox")
@@ -328,7 +339,7 @@ fn gone(dir: &ContainerDir) -> impl FnOnce(io::Error) -> Error + use<> {
 /// A report that is no failure; the phases of the last.
 fn report(report: Report) -> Result<Vec<(String, u64)>, Error> {
     match report {
-        Report::Joined | Report::Listening => Ok(Vec::new()),
+        Report::Joined | Report::Claimed | Report::Listening => Ok(Vec::new()),
         Report::Ready { phases } => Ok(phases),
         Report::Failed { text, kind } => Err(Error::Told { text, kind }),
     }

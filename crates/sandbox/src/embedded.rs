@@ -31,7 +31,7 @@ use crate::launch::Launch;
 use crate::operations::{give_back, settle};
 use crate::outside::Outside;
 use crate::pod::Pod;
-use crate::process::Prepared;
+use crate::process::{Prepared, own_mounts};
 use crate::running::{Caller, Running};
 use crate::sandbox::Sandbox as Engine;
 use crate::spec::{Bundle, SharedNamespace};
@@ -480,12 +480,13 @@ async fn boot_in(
         config,
         device_program: ("/proc/self/exe".into(), vec!["device".to_owned()]),
     };
+    own_mounts()?;
     let prepared = Prepared::new(launch)?;
     let control = dir.vm().control();
     let control = UnixListener::bind(&control).map_err(Error::host("listen on", &control))?;
     let (id, bundle) = (dir.id().clone(), bundle.clone());
     let hooks = outside.run(move || run_runtime_hooks(&bundle, &id, own));
-    let (booted, ()) = tokio::try_join!(boot::boot(prepared), hooks)?;
+    let (booted, ()) = tokio::try_join!(boot::boot(prepared, None), hooks)?;
     Ok(Running::new(booted, control))
 }
 

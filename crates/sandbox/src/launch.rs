@@ -18,7 +18,8 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use protocol::oci::{Hook, LinuxResources};
 use serde::de::DeserializeOwned;
@@ -94,6 +95,8 @@ pub(crate) struct Init {
 pub(crate) enum Report {
     /// The stand-in is in its namespaces: the hooks of the runtime's namespace may run.
     Joined,
+    /// The machine of the pool runs: its sandbox process waits for its launch.
+    Claimed,
     /// The sandbox process takes requests.
     Listening,
     /// The process is there; what took how long until then, in milliseconds since the machine's beginning.
@@ -115,6 +118,13 @@ impl Channel {
     pub(crate) fn pair() -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = UnixStream::pair()?;
         Ok((Self(BufReader::new(ours)), theirs.into()))
+    }
+
+    /// The end of a process that listens at `path`; it has so long for each thing that it says.
+    pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<Self> {
+        let socket = UnixStream::connect(path)?;
+        socket.set_read_timeout(Some(patience))?;
+        Ok(Self(BufReader::new(socket)))
     }
 
     /// The end that this process was started with.

@@ -24,6 +24,7 @@ mod loopback;
 mod operations;
 mod outside;
 mod pod;
+pub mod pool;
 mod process;
 mod resize;
 mod resources;
@@ -41,8 +42,8 @@ mod update;
 mod watch;
 
 pub use config::{
-    AccelerationConfig, Config, HypervisorConfig, ImageConfig, SandboxConfig, TemplateConfig,
-    TemplateMode,
+    AccelerationConfig, Config, HypervisorConfig, ImageConfig, PoolConfig, SandboxConfig,
+    TemplateConfig, TemplateMode,
 };
 pub use console::Console;
 pub use control::{GuestProcess, Processes, Stats};

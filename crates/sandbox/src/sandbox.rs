@@ -234,7 +234,14 @@ impl Sandbox {
             watchable: !Volume::of(&new.files, &self.dir.share()).is_empty(),
             ..Default::default()
         };
-        self.agent.create(request).await
+        let created = self.agent.create(request).await?;
+        let marks: Vec<_> = created
+            .marks
+            .iter()
+            .map(|mark| format!("{}={}", crate::error::from_guest(&mark.name), mark.boot_us))
+            .collect();
+        info!(container = id, marks = marks.join(" "), "the guest's microseconds since its boot");
+        Ok(created)
     }
 
     async fn plug_disks(

@@ -243,16 +243,16 @@ fn forwarded() -> io::Result<SignalFd> {
 fn join_cgroups(vm: &VmDir, id: &str) {
     let Ok(id) = ContainerId::new(id) else { return };
     let Ok(Some(record)) = vm.container(&id).read() else { return };
-    join_each(&record.cgroups);
+    join_each(&record.cgroups, std::process::id());
 }
 
-/// Puts the calling process in each of these cgroup directories, as far as they are there.
-pub(crate) fn join_each(directories: &[std::path::PathBuf]) {
+/// Puts a process in each of these cgroup directories, as far as they are there.
+pub(crate) fn join_each(directories: &[std::path::PathBuf], pid: u32) {
     for directory in directories {
         let join = |directory: &Path| {
             let mut file =
                 std::fs::OpenOptions::new().write(true).open(directory.join("cgroup.procs"))?;
-            file.write_all(std::process::id().to_string().as_bytes())
+            file.write_all(pid.to_string().as_bytes())
         };
         if let Err(error) = join(directory) {
             tracing::debug!(%error, directory = %directory.display(), "not joined");

@@ -4,6 +4,7 @@ mod do_command;
 mod exec;
 mod host;
 mod lifecycle;
+mod pool;
 mod query;
 mod resources;
 mod run;
@@ -74,6 +75,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Env { json } => host::env(&context, *json)?,
         Command::Image(command) => host::image(&context, command)?,
         Command::Template(command) => template::run(&context, command)?,
+        Command::Pool(command) => pool::run(&context, command)?,
     }
     Ok(ExitCode::SUCCESS)
 }

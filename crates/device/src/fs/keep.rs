@@ -50,7 +50,8 @@ impl Stamp {
 
     /// Whether a change from now on will change it.
     fn is_settled(&self, now: Duration) -> bool {
-        let changed = Duration::new(self.changed.0, 0) + Duration::from_nanos(self.changed.1.into());
+        let changed =
+            Duration::new(self.changed.0, 0) + Duration::from_nanos(self.changed.1.into());
         changed.checked_add(GRANULE).is_some_and(|settled| settled < now)
     }
 }
