@@ -6,6 +6,7 @@ mod inside;
 mod lifecycle;
 mod mounts;
 mod network;
+mod pool;
 mod query;
 mod stdio;
 
@@ -66,6 +67,7 @@ pub(crate) fn run(bench: &Bench, report: &mut Report) {
             query::CASES,
             inside::CASES,
             network::CASES,
+            pool::CASES,
             stdio::CASES,
             bad::CASES,
             mounts::CASES,
