@@ -94,7 +94,7 @@ pub(crate) async fn boot(prepared: Prepared, machine: Option<Machine>) -> Result
             machine.agent.resync(resync(&launch.hostname)?).await?;
             machine
         }
-        None => start(&launch, &mut ledger).await?,
+        None => Box::pin(start(&launch, &mut ledger)).await?,
     };
     let Machine { vm, agent, origin, loopback, sockets, hello, phases } = machine;
     let [launched, connected] = phases;

@@ -5,15 +5,29 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 use testkit::containerd::Daemon;
 use testkit::docker::{Docker, IMAGE};
-use testkit::{Container, Output, eventually};
+use testkit::{Container, Output, Runtime, eventually};
 
 /// How much goes through a TCP stream.
 const STREAM_MIB: u64 = 256;
 
-/// The memory of a process and all below it, in KiB, each shared page divided by those who share it.
-pub(super) fn pss_kib(pid: u32) -> Result<f64> {
+/// The memory of all host processes of these containers, in MiB, each shared page divided by those who share it.
+pub(super) fn pss_mib(runtime: &Runtime, containers: &[Container]) -> Result<f64> {
+    let mut roots: Vec<u32> = containers.iter().map(|container| container.pid).collect();
+    // Machines are not below the processes that stand for containers.
+    for vm in fs::read_dir(runtime.root.join("vms")).into_iter().flatten().flatten() {
+        let record = fs::read(vm.path().join("sandbox.json")).unwrap_or_default();
+        let record: Value = serde_json::from_slice(&record).unwrap_or_default();
+        roots.extend(record["process"]["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()));
+    }
+    let kib =
+        roots.into_iter().try_fold(0.0, |sum, pid| Ok::<_, anyhow::Error>(sum + pss_kib(pid)?));
+    Ok(kib? / 1024.0)
+}
+
+fn pss_kib(pid: u32) -> Result<f64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
     let own: f64 = line.split_whitespace().next().unwrap_or_default().parse()?;

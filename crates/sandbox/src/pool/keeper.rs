@@ -115,7 +115,7 @@ impl Keeper {
         let code = LocalSet::new().block_on(&runtime, async {
             let door = dir.join(DOOR);
             let door = UnixListener::bind(&door).map_err(Error::host("listen on", door))?;
-            let machine = self.make(&dir).await?;
+            let machine = Box::pin(self.make(&dir)).await?;
             let ready = self.place.ready().join(&self.name);
             fs::write(&ready, "").map_err(Error::host("write", ready))?;
             // Nobody may be listening any more.
@@ -127,7 +127,7 @@ impl Keeper {
             if nice {
                 raise_priority(&machine.vm.processes());
             }
-            self.become_sandbox(machine, channel).await
+            Box::pin(self.become_sandbox(machine, channel)).await
         });
         runtime.shutdown_background();
         code
