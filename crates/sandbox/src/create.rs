@@ -104,9 +104,10 @@ pub fn create(request: &Create<'_>) -> Result<Created, Error> {
     if created.is_err() {
         settle(&dir);
     }
+    // With what the usual container gets, not with what this one's annotations ask for.
     if joined.is_none()
-        && config.pool.size > 0
-        && let Err(error) = pool::refill(&config, request.program)
+        && request.config.pool.size > 0
+        && let Err(error) = pool::refill(&request.config, request.program)
     {
         tracing::warn!(error = %Chain(&error), "the pool is not filled");
     }

@@ -14,7 +14,7 @@ use linux::process::ProcessId;
 use rustix::fs::{Mode, OFlags};
 use tokio::net::UnixListener;
 use tokio::task::LocalSet;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{DOOR, Entry, Order, Place, READY, SHAPE, TAKEN, rehearsal, tidy};
 use crate::boot::{self, Machine};
@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::error::{Chain, Error};
 use crate::launch::{Channel, Launch, Report};
 use crate::process::{self, Prepared};
-use crate::template;
+use crate::template::{self, Origin};
 
 /// A machine of the pool must not take the processor from those that run.
 const NICE: i32 = 10;
@@ -41,6 +41,7 @@ pub fn keep(channel: OwnedFd) -> u8 {
     {
         Ok(code) => code,
         Err(error) => {
+            error!(error = %Chain(&error), "the pool's machine is given up");
             // Who started us may have gone long ago.
             drop(writeln!(channel.socket(), "{}", Chain(&error)));
             1
@@ -165,16 +166,28 @@ impl Keeper {
             drop(fs::remove_file(self.place.claimed().join(&self.name)));
             return Ok(1);
         };
+        let prepared = self.move_in(launch, &machine);
+        if let Err(error) = &prepared {
+            let report = Report::Failed { text: Chain(error).to_string(), kind: error.kind() };
+            // Nobody else is there to be told.
+            drop(channel.tell(&report));
+        }
+        machine.origin = Origin::Pool;
+        Ok(prepared?.run(channel, Some(machine)).await)
+    }
+
+    /// Takes what a sandbox process takes, and puts the machine where it is looked for.
+    fn move_in(&self, launch: Launch, machine: &Machine) -> Result<Prepared, Error> {
         process::log_to(&launch.vm.log())?;
         let mut prepared = Prepared::new(launch)?;
-        let claim = self.place.claimed().join(&self.name);
-        prepared.own([claim, dir.clone()], &machine.vm.processes())?;
-        let vm = prepared.launch.vm.clone();
-        share_as(&dir.join("share"), &vm.share())?;
-        std::os::unix::fs::symlink(dir.join("vm"), vm.machine())
+        let (dir, claim) = (self.dir(), self.place.claimed().join(&self.name));
+        let (share, state) = (dir.join("share"), dir.join("vm"));
+        prepared.own([claim, dir], &machine.vm.processes())?;
+        let vm = &prepared.launch.vm;
+        share_as(&share, &vm.share())?;
+        std::os::unix::fs::symlink(state, vm.machine())
             .map_err(Error::host("create", vm.machine()))?;
-        machine.origin = template::Origin::Pool;
-        Ok(prepared.run(channel, Some(machine)).await)
+        Ok(prepared)
     }
 }
 
