@@ -11,7 +11,6 @@ use std::time::Duration;
 use linux::ThisHost;
 use linux::ledger::Ledger;
 use linux::process::ProcessId;
-use protocol::oci::Hook;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use serde::Serialize;
@@ -110,19 +109,24 @@ fn is_empty(path: &Path) -> bool {
 ///
 /// [`Error::NoSuchContainer`].
 pub fn state(root: &Root, id: &ContainerId) -> Result<State, Error> {
-    let record = root.find(id)?.current()?;
-    let stopped = record.status == Status::Stopped;
-    Ok(State {
-        oci_version: protocol::OCI_VERSION.to_owned(),
-        id: record.id,
-        status: record.status,
-        pid: record.process.filter(|_| !stopped).map_or(0, |process| process.pid),
-        bundle: record.bundle,
-        rootfs: record.rootfs,
-        created: record.created,
-        annotations: record.annotations,
-        owner: String::new(),
-    })
+    Ok(State::of(root.find(id)?.current()?))
+}
+
+impl State {
+    fn of(record: ContainerRecord) -> Self {
+        let stopped = record.status == Status::Stopped;
+        Self {
+            oci_version: protocol::OCI_VERSION.to_owned(),
+            id: record.id,
+            status: record.status,
+            pid: record.process.filter(|_| !stopped).map_or(0, |process| process.pid),
+            bundle: record.bundle,
+            rootfs: record.rootfs,
+            created: record.created,
+            annotations: record.annotations,
+            owner: String::new(),
+        }
+    }
 }
 
 /// The states of all containers, by id. One that is being removed meanwhile is left out.
@@ -164,22 +168,21 @@ fn ask(
 ///
 /// When the container is not created, or the guest cannot run the program.
 pub fn start(root: &Root, id: &ContainerId) -> Result<(), Error> {
-    let (dir, record) = lawful(root, id, Operation::Start)?;
+    let (dir, mut record) = lawful(root, id, Operation::Start)?;
     Client::connect(&dir)?.ask(&Request::Start)?;
+    let hooks = record.hooks.take();
+    let hooks = hooks.and_then(|hooks| hooks.poststart().clone()).unwrap_or_default();
+    // What it was made: by now its program may have ended.
+    record.status = Status::Running;
+    let state = serde_json::to_vec(&State::of(record)).unwrap_or_default();
     // "If any poststart hook fails, the runtime MUST log a warning, but the remaining hooks and lifecycle continue."
     // (runtime.md, "Lifecycle", 10)
-    for hook in record.hooks.iter().flat_map(|hooks| hooks.poststart().iter().flatten()) {
-        run_late_hook("poststart", hook, root, id);
+    for hook in &hooks {
+        if let Err(error) = hooks::run("poststart", std::slice::from_ref(hook), &state) {
+            tracing::warn!(error = %Chain(&error), "a hook failed");
+        }
     }
     Ok(())
-}
-
-fn run_late_hook(when: &'static str, hook: &Hook, root: &Root, id: &ContainerId) {
-    let state = state(root, id).ok().and_then(|state| serde_json::to_vec(&state).ok());
-    let run = hooks::run(when, std::slice::from_ref(hook), &state.unwrap_or_default());
-    if let Err(error) = run {
-        tracing::warn!(error = %Chain(&error), "a hook failed");
-    }
 }
 
 /// Sends a signal to a container's init, or with `all` to every process of it.
