@@ -46,6 +46,7 @@ fn monotonic() -> u64 {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[expect(clippy::unnecessary_wraps, reason = "other CPUs have no such counter")]
 fn ticks() -> Option<u64> {
     // SAFETY: every x86-64 CPU has the instruction, and Linux lets everybody use it.
     Some(unsafe { core::arch::x86_64::_rdtsc() })
