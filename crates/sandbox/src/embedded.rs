@@ -4,6 +4,7 @@
 //! them by `control.sock` as ever.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -91,8 +92,38 @@ pub struct Ended {
 #[derive(Clone)]
 pub struct Sandbox(Rc<Embedded>);
 
+/// A thread that does nothing: its id stands for a container after the first, where callers tell containers of one pod
+/// apart by their pids. As a process's, its id is found in `/proc`, with the namespaces of this process.
+struct Marker {
+    id: u32,
+    _alive: std::sync::mpsc::Sender<()>,
+}
+
+impl Marker {
+    fn start() -> Result<Self, Error> {
+        let (alive, ended) = std::sync::mpsc::channel::<()>();
+        let (started, id) = std::sync::mpsc::channel();
+        let stay = move || {
+            if started.send(rustix::thread::gettid()).is_ok() {
+                // Until the other end is dropped.
+                while ended.recv().is_ok() {}
+            }
+        };
+        let failed = |source| Error::Host { action: "start", path: "a thread".into(), source };
+        std::thread::Builder::new()
+            .name("container".into())
+            .stack_size(16 << 10)
+            .spawn(stay)
+            .map_err(failed)?;
+        let id = id.recv().map_err(|_| failed(std::io::ErrorKind::BrokenPipe.into()))?;
+        Ok(Self { id: id.as_raw_pid().unsigned_abs(), _alive: alive })
+    }
+}
+
 struct Embedded {
     engine: Rc<Engine>,
+    /// Of each container but the first.
+    markers: RefCell<HashMap<String, Marker>>,
     outside: Outside,
     root: Root,
     vm: VmDir,
@@ -136,6 +167,7 @@ impl Sandbox {
         });
         Ok(Self(Rc::new(Embedded {
             engine,
+            markers: RefCell::default(),
             outside,
             root: request.root,
             vm: dir.vm().clone(),
@@ -167,6 +199,18 @@ impl Sandbox {
             dir
         };
         let created = self.create_in(&dir, bundle, wanted).await;
+        let marked = (created.is_ok() && *id != self.0.leader).then(Marker::start).transpose();
+        let created = match marked {
+            Ok(marker) => {
+                let marker = marker.map(|marker| (id.as_str().to_owned(), marker));
+                self.0.markers.borrow_mut().extend(marker);
+                created
+            }
+            Err(error) => {
+                drop(self.remove(id).await);
+                return Err(error);
+            }
+        };
         if created.is_err() {
             if *id == self.0.leader {
                 self.end().await;
@@ -208,19 +252,26 @@ impl Sandbox {
         self.0.outside.run(move || plan_files(&id, &bundle)).await
     }
 
-    /// The namespaces that the first container's are: those that are named by this process's, which stands for it.
+    /// The pid that stands for a container.
+    #[must_use]
+    pub fn pid(&self, id: &ContainerId) -> u32 {
+        self.0.markers.borrow().get(id.as_str()).map_or_else(std::process::id, |marker| marker.id)
+    }
+
+    /// The namespaces of other containers: those that are named by the pids that stand for them.
     fn shared_namespaces(&self, bundle: &Bundle) -> Vec<SharedNamespace> {
-        let own = PathBuf::from(format!("/proc/{}/ns", std::process::id()));
+        let mut known = vec![(std::process::id(), self.0.leader.as_str().to_owned())];
+        let markers = self.0.markers.borrow();
+        known.extend(markers.iter().map(|(container, marker)| (marker.id, container.clone())));
         let linux = bundle.spec.linux().iter();
         linux
             .flat_map(|linux| linux.namespaces().iter().flatten())
             .filter(|namespace| namespace.typ() != LinuxNamespaceType::Network)
-            .filter(|namespace| {
-                namespace.path().as_ref().is_some_and(|path| path.starts_with(&own))
-            })
-            .map(|namespace| SharedNamespace {
-                kind: namespace.typ(),
-                container: self.0.leader.as_str().to_owned(),
+            .filter_map(|namespace| {
+                let path = namespace.path().as_ref()?;
+                let named = |pid: u32| path.starts_with(format!("/proc/{pid}/ns"));
+                let (_, container) = known.iter().find(|(pid, _)| named(*pid))?;
+                Some(SharedNamespace { kind: namespace.typ(), container: container.clone() })
             })
             .collect()
     }
@@ -402,6 +453,7 @@ impl Sandbox {
         let container = self.0.engine.container(id.as_str())?;
         let dir = container.dir().clone();
         self.0.engine.let_go(&container).await;
+        self.0.markers.borrow_mut().remove(id.as_str());
         if self.0.engine.is_empty() {
             self.end().await;
         }

@@ -42,7 +42,7 @@ impl Shim {
         if process.status.get() == Status::CREATED {
             process.status.set(Status::RUNNING);
         }
-        let pid = std::process::id();
+        let pid = container.pid;
         if exec.is_empty() {
             let told = event::TaskStart { container_id: id.to_owned(), pid, ..Default::default() };
             self.events.publish(topics::TASK_START_EVENT_TOPIC, &told);
@@ -111,7 +111,7 @@ impl Shim {
         let told = event::TaskExit {
             id: if process.exec_id.is_empty() { id.clone() } else { process.exec_id.clone() },
             container_id: id,
-            pid: std::process::id(),
+            pid: container.pid,
             exit_status: exit.code,
             exited_at: MessageField::some(exit.at),
             ..Default::default()
@@ -198,7 +198,7 @@ impl Shim {
         } else {
             container.execs.borrow_mut().remove(exec);
         }
-        let pid = std::process::id();
+        let pid = container.pid;
         if exec.is_empty() {
             let told = event::TaskDelete {
                 container_id: id.to_owned(),

@@ -22,7 +22,7 @@ impl Shim {
             id: id.to_owned(),
             exec_id: exec.to_owned(),
             bundle: container.bundle.to_string_lossy().into_owned(),
-            pid: std::process::id(),
+            pid: container.pid,
             status: process.status.get().into(),
             stdin: stdio.stdin,
             stdout: stdio.stdout,
@@ -38,7 +38,7 @@ impl Shim {
     pub(crate) fn pids(&self, id: &str) -> Result<PidsResponse, Error> {
         let container = self.container(id)?;
         container.init.check_alive()?;
-        let pid = std::process::id();
+        let pid = container.pid;
         let processes = vec![ProcessInfo { pid, ..Default::default() }];
         Ok(PidsResponse { processes, ..Default::default() })
     }
@@ -81,11 +81,10 @@ impl Shim {
     }
 
     pub(crate) fn connect(&self, id: &str) -> Result<ConnectResponse, Error> {
-        self.container(id)?;
-        let pid = std::process::id();
+        let container = self.container(id)?;
         Ok(ConnectResponse {
-            shim_pid: pid,
-            task_pid: pid,
+            shim_pid: std::process::id(),
+            task_pid: container.pid,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })

@@ -30,6 +30,8 @@ use crate::stdio::{Relay, Stdio};
 pub(crate) struct Container {
     pub(crate) id: ContainerId,
     pub(crate) bundle: PathBuf,
+    /// The pid that stands for it.
+    pub(crate) pid: u32,
     pub(crate) init: Rc<Process>,
     pub(crate) execs: RefCell<BTreeMap<String, Rc<Process>>>,
 }
@@ -110,7 +112,7 @@ impl Shim {
             rootfs::unmount(Path::new(&request.bundle), sandbox.as_ref()).await;
         }
         let container = created?;
-        let pid = std::process::id();
+        let pid = container.pid;
         let io = event::TaskIO {
             stdin: request.stdin,
             stdout: request.stdout,
@@ -159,7 +161,13 @@ impl Shim {
         let streams = sandbox.create(&id, &bundle, stdio.wanted()).await?;
         let init = Rc::new(Process::new(&request.id, "", stdio, String::new()));
         init.attach(Relay::start(opened, streams));
-        let container = Rc::new(Container { id, bundle: path, init, execs: RefCell::default() });
+        let container = Rc::new(Container {
+            pid: sandbox.pid(&id),
+            id,
+            bundle: path,
+            init,
+            execs: RefCell::default(),
+        });
         self.containers.borrow_mut().insert(request.id.clone(), Rc::clone(&container));
         Ok(container)
     }

@@ -22,10 +22,35 @@ pub(super) const CASES: &[Case<Pods>] = &[
     case("a pod's containers have files and processes of their own", apart),
     case("a pod has its host name, its DNS servers and its sysctls", names),
     case("a pod can share its process namespace", shared_processes),
+    case("a container for debugging joins the processes of another one", target),
     case("a container that is made again joins the pod as it runs", made_again),
     case("a pod's machine has the size that the pod's limits need", size),
     case("a stopped pod is not ready, and is removed with its containers", stopped),
 ];
+
+/// As `kubectl debug --target` has it.
+fn target(pods: &Pods) -> Result<()> {
+    let pod = pods.pod()?;
+    pod.run_line("other", "sleep 1001")?;
+    let one = pod.run_line("one", "sleep 1002")?;
+    let mut config = pod.container_config("debug", "sleep 1003");
+    config
+        .linux
+        .mut_or_insert_default()
+        .security_context
+        .mut_or_insert_default()
+        .namespace_options = MessageField::some(NamespaceOption {
+        pid: NamespaceMode::TARGET.into(),
+        target_id: one,
+        ..Default::default()
+    });
+    let debug = pod.run(config)?;
+    let processes = pod.text(&debug, "ps")?;
+    has(&processes, "sleep 1002")?;
+    has(&processes, "sleep 1003")?;
+    ensure!(!processes.contains("sleep 1001"), "another container's too: {processes}");
+    Ok(())
+}
 
 /// As a kubelet tells the sums of a pod's limits.
 fn size(pods: &Pods) -> Result<()> {
