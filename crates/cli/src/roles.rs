@@ -20,6 +20,7 @@ pub(crate) fn dispatch(arguments: &[OsString]) -> Option<ExitCode> {
         "sandbox" => with_channel(argument, sandbox::serve),
         "keeper" => with_channel(argument, sandbox::pool::keep),
         "stand-in" => with_channel(argument, sandbox::stand_in),
+        "out-of-memory" => with_channel(argument, sandbox::out_of_memory),
         "device" => {
             let config = argument.to_str().unwrap_or_default();
             let served = serde_json::from_str(config)

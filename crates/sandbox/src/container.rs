@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use linux::cgroup::Cgroup;
 use protocol::agent as wire;
 use protocol::oci::{Hooks, LinuxResources};
+use tokio::sync::OnceCell;
 use tracing::error;
 
 use crate::error::{Chain, Error};
+use crate::oom;
 use crate::state::{ContainerDir, ContainerRecord};
 use crate::status::{Operation, Status};
 
@@ -23,6 +25,8 @@ pub(crate) struct Container {
     execs: RefCell<HashMap<String, u32>>,
     execs_made: Cell<u64>,
     disowned: Cell<bool>,
+    /// Set when the host was told that the guest had killed a process of it for lack of memory.
+    out_of_memory: OnceCell<()>,
 }
 
 impl Container {
@@ -40,6 +44,7 @@ impl Container {
             execs: RefCell::default(),
             execs_made: Cell::default(),
             disowned: Cell::default(),
+            out_of_memory: OnceCell::new(),
         }
     }
 
@@ -104,6 +109,13 @@ impl Container {
         self.record.borrow_mut().exit_code = Some(code);
         if let Err(error) = self.set_status(Status::Stopped) {
             error!(error = %Chain(&error), "the exit was not written down");
+        }
+    }
+
+    /// The guest killed a process of it for lack of memory: once, that is told to those who watch its cgroup.
+    pub(crate) async fn tell_out_of_memory(&self) {
+        if let Some(cgroup) = &self.cgroup {
+            self.out_of_memory.get_or_init(|| oom::tell(cgroup)).await;
         }
     }
 

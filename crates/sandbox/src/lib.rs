@@ -21,6 +21,7 @@ mod hooks;
 mod interfaces;
 mod launch;
 mod loopback;
+mod oom;
 mod operations;
 mod outside;
 mod pod;
@@ -51,6 +52,7 @@ pub use create::{Create, Created, create};
 pub use embedded::{Boot, Ended, ProcessStreams, Sandbox, Streams};
 pub use error::{Chain, Error, ErrorKind};
 pub use exec::{Exec, exec_defaults, exec_detached, exec_here};
+pub use oom::out_of_memory;
 pub use operations::{
     State, delete, kill, list, pause, processes, resume, start, state, stats, update,
 };

@@ -142,10 +142,11 @@ async fn watch_guest(sandbox: Rc<Sandbox>) {
     let Ok(mut events) = sandbox.agent.events().await else { return };
     while let Ok(Some(event)) = events.recv().await {
         if event.has_oom() {
-            warn!(
-                container = crate::error::from_guest(&event.container_id),
-                "out of memory in the guest"
-            );
+            let id = crate::error::from_guest(&event.container_id);
+            warn!(container = id, "out of memory in the guest");
+            if let Ok(container) = sandbox.container(&event.container_id) {
+                spawn_local(async move { container.tell_out_of_memory().await });
+            }
         }
         if event.has_watching() {
             sandbox.watch_volumes();

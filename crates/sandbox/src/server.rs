@@ -199,7 +199,8 @@ impl Sandbox {
         let code = exit_code(ended.exit_code);
         if exec.is_empty() {
             if ended.oom_killed {
-                warn!("the guest's kernel killed a process: out of memory");
+                // Before the end is told: who watches looks no further then.
+                container.tell_out_of_memory().await;
             }
             container.ended(code);
             info!(container = id, code, "container ended");

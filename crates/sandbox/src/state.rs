@@ -148,9 +148,13 @@ impl Root {
     #[must_use]
     pub fn default_path() -> PathBuf {
         let user = rustix::process::geteuid();
-        match std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !user.is_root()) {
+        // In a user namespace, as of rootless podman, root is somebody else outside: user_namespaces(7).
+        let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+        let map: Vec<_> = map.split_whitespace().collect();
+        let is_root = user.is_root() && (map.is_empty() || map == ["0", "0", "4294967295"]);
+        match std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !is_root) {
             Some(dir) => PathBuf::from(dir).join("kata-containers"),
-            None if user.is_root() => "/run/kata-containers".into(),
+            None if is_root => "/run/kata-containers".into(),
             None => format!("/tmp/kata-containers-{}", user.as_raw()).into(),
         }
     }

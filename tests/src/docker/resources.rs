@@ -18,6 +18,11 @@ pub(super) const CASES: &[Case<Docker>] = &[
     case("docker update gives a running container CPUs and memory, and takes them back", update),
     case("docker update refuses what cannot be, and changes nothing", bad_update),
     case("memory that a container frees goes back to the host", freed_memory),
+    case(
+        "a container that is killed for lack of memory ends with 137 and is OOMKilled",
+        oom_killed,
+    ),
+    case("a container goes on when a process of it is killed for lack of memory", oom_survived),
 ];
 
 /// Prints the first of these files of the container's cgroup that is there: version 2's name or version 1's.
@@ -185,5 +190,35 @@ fn freed_memory(docker: &Docker) -> Result<()> {
     eventually(Duration::from_mins(1), "the memory is given back", || {
         Ok((memory(&container)? < before + 100.0).then_some(()))
     })?;
+    container.remove()
+}
+
+const TOO_MUCH: &str = "dd if=/dev/zero of=/dev/null bs=200M count=1";
+
+fn oom_killed(docker: &Docker) -> Result<()> {
+    let flags = ["-m", "64m", "--memory-swap", "64m"];
+    let container = docker.start(&flags, &format!("exec {TOO_MUCH}"))?;
+    same("wait", container.run(&["wait"]).text()?.as_str(), "137")?;
+    same("OOMKilled", container.inspect("{{.State.OOMKilled}}")?.as_str(), "true")?;
+    container.remove()
+}
+
+fn oom_survived(docker: &Docker) -> Result<()> {
+    let flags = ["-m", "64m", "--memory-swap", "64m"];
+    let line = format!("{TOO_MUCH}; echo ended with $?; sleep 1000");
+    let container = docker.start(&flags, &line)?;
+    container.wait_for_log("ended with 137")?;
+    let filter = format!("container={}", container.id);
+    let events = ["events", "--since", "10m", "--until", "0s", "--filter", "event=oom", "--filter"];
+    eventually(Duration::from_secs(20), "docker has heard of it", || {
+        let text = docker.run(&events).arg(&filter).text()?;
+        Ok(text.contains(" oom ").then_some(()))
+    })?;
+    same("exec", container.exec(&[], "echo on")?.as_str(), "on")?;
+    same(
+        "limit",
+        container.exec(&[], &first_of("memory.max", "memory/memory.limit_in_bytes"))?.as_str(),
+        "67108864",
+    )?;
     container.remove()
 }

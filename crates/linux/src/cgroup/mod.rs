@@ -8,6 +8,7 @@ mod hierarchy;
 mod limits;
 mod removal;
 mod systemd;
+mod tight;
 mod usage;
 
 #[cfg(test)]
@@ -25,6 +26,7 @@ use hierarchy::Hierarchy;
 
 pub use limits::{Limits, Throttle, Throttled};
 pub use removal::remove_directory;
+pub use tight::Tight;
 pub use usage::Usage;
 
 /// Who makes the cgroups.
@@ -233,6 +235,16 @@ impl Cgroup {
     #[must_use]
     pub fn usage(&self) -> Usage {
         usage::read(self)
+    }
+
+    /// Limits its memory to what it uses now and `room` bytes more, without swap, until the answer is dropped. `None` where
+    /// memory is not controlled.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Set`].
+    pub fn tighten(&self, room: u64) -> Result<Option<Tight>, Error> {
+        tight::tighten(self, room)
     }
 
     /// The processes in it and below it, by pid.
