@@ -15,7 +15,7 @@ SHARE   := $(DESTDIR)/usr/share/kata-containers
 RUNTIMES ?= runc kata-runtime
 RUN_SUITES = cargo run $(CARGO_FLAGS) -q -p suites -- $(addprefix --runtime ,$(RUNTIMES:kata-runtime=kata-runtime=$(BUILD)/bin/kata/kata-runtime)) --config $(BUILD)/config.toml
 CARGO_FLAGS ?= --locked
-SUITES  ?= oci docker containerd cri crash
+SUITES  ?= oci docker podman containerd cri crash
 FILTER  ?=
 
 .DEFAULT_GOAL := help

@@ -7,7 +7,7 @@ set -euo pipefail
 declare -A needs=(
   [build]="build-essential pkg-config libseccomp-dev libcap-ng-dev"
   [guest]="qemu-system-x86 xz-utils zstd iproute2"
-  [test]="busybox-static docker.io containerd containernetworking-plugins runc iptables iproute2 util-linux procps curl jq socat"
+  [test]="busybox-static podman docker.io containerd containernetworking-plugins runc iptables iproute2 util-linux procps curl jq socat"
   [bench]="busybox-static docker.io containerd runc iptables iproute2 fio iperf3 nginx-light redis-server redis-tools apache2-utils runsc"
 )
 

@@ -18,6 +18,7 @@ mod cri;
 mod docker;
 mod known;
 mod oci;
+mod podman;
 mod report;
 mod validation;
 
@@ -50,7 +51,7 @@ struct Args {
     /// Nobody else uses this machine: every process, mount and link that is left counts.
     #[arg(long)]
     alone: bool,
-    /// The suites: oci, docker, containerd, cri, crash, nested, validation, bench.
+    /// The suites: oci, docker, podman, containerd, cri, crash, nested, validation, bench.
     #[arg(required = true)]
     suites: Vec<String>,
 }
@@ -99,11 +100,13 @@ fn run(args: &Args) -> Result<bool> {
             "containerd" => containerd::run(&bench, &mut report)?,
             "cri" => cri::run(&bench, &mut report)?,
             "pod-figures" => cri::figures(&bench, &mut report)?,
+            "podman" => podman::run(&bench, &mut report)?,
             "crash" => crash::run(&bench, &mut report),
             "bench" => bench::run(&bench, &mut report)?,
             "validation" => validation::run(&bench, &mut report)?,
             _ => bail!(
-                "there is no suite `{suite}`; there is: oci, docker, containerd, cri, crash, nested, validation, bench"
+                "there is no suite `{suite}`; there is: oci, docker, podman, containerd, cri, crash, nested, validation, bench"
+                "there is no suite `{suite}`; there is: oci, docker, podman, containerd, crash, validation, bench"
             ),
         }
     }

@@ -14,6 +14,7 @@ pub mod containerd;
 pub mod cri;
 pub mod docker;
 pub mod image;
+pub mod podman;
 pub mod pods;
 pub mod residue;
 pub mod run;

@@ -1,5 +1,6 @@
 //! `create`, `kill`, `delete`.
 
+use std::io::IsTerminal as _;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -34,7 +35,10 @@ pub(super) fn create_container(
         );
     }
     let config = context.config()?;
-    warn_of_emulation(&config);
+    // Without a log and a terminal our stderr is the container's, which podman keeps as its log.
+    if context.global.log.is_some() || std::io::stderr().is_terminal() {
+        warn_of_emulation(&config);
+    }
     let request = sandbox::Create {
         root,
         id,
