@@ -19,7 +19,7 @@ SUITES  ?= oci docker podman containerd cri crash
 FILTER  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build image test suites validate bench install uninstall clean FORCE
+.PHONY: help demo build image test suites validate soak bench install uninstall clean FORCE
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -65,6 +65,11 @@ validate: ## Run the OCI validation suite against runc and kata-runtime
 	@scripts/setup.sh build guest test
 	@$(MAKE) --no-print-directory build image
 	@$(RUN_SUITES) validation
+
+soak: ## Run containers two hundred times, one after the other (SOAK=N: so often)
+	@scripts/setup.sh build guest test
+	@$(MAKE) --no-print-directory build image
+	@$(RUN_SUITES) soak
 
 bench: ## Measure kata-runtime beside runc
 	@scripts/setup.sh build guest test bench

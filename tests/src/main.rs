@@ -51,7 +51,7 @@ struct Args {
     /// Nobody else uses this machine: every process, mount and link that is left counts.
     #[arg(long)]
     alone: bool,
-    /// The suites: oci, docker, podman, containerd, cri, crash, nested, validation, bench.
+    /// The suites: oci, docker, podman, containerd, cri, crash, nested, soak, validation, bench.
     #[arg(required = true)]
     suites: Vec<String>,
 }
@@ -101,12 +101,13 @@ fn run(args: &Args) -> Result<bool> {
             "cri" => cri::run(&bench, &mut report)?,
             "pod-figures" => cri::figures(&bench, &mut report)?,
             "podman" => podman::run(&bench, &mut report)?,
+            "soak" => docker::run_soak(&bench, &mut report)?,
             "crash" => crash::run(&bench, &mut report),
             "bench" => bench::run(&bench, &mut report)?,
             "validation" => validation::run(&bench, &mut report)?,
             _ => bail!(
-                "there is no suite `{suite}`; there is: oci, docker, podman, containerd, cri, crash, nested, validation, bench"
-                "there is no suite `{suite}`; there is: oci, docker, podman, containerd, crash, validation, bench"
+                "there is no suite `{suite}`; there is: oci, docker, podman, containerd, cri, crash, nested, soak, \
+                 validation, bench"
             ),
         }
     }

@@ -66,6 +66,19 @@ impl Daemon {
         drop(self.child.wait());
     }
 
+    /// Sends it a signal that ends it, and waits for that.
+    ///
+    /// # Errors
+    ///
+    /// When it does not end.
+    pub fn end(&mut self, signal: Signal) -> Result<()> {
+        let id = ProcessId::of(self.child.id()).context("it has ended already")?;
+        id.signal(signal)?;
+        eventually(Duration::from_mins(1), "the daemon ends", || {
+            Ok(self.child.try_wait()?.map(drop))
+        })
+    }
+
     /// Asks it to end, and kills it if it does not within 20 seconds.
     pub fn stop(&mut self) {
         if let Some(id) = ProcessId::of(self.child.id()) {

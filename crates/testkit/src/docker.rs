@@ -3,12 +3,14 @@
 //! The namespace keeps its bridge, its addresses and its packet filter rules away from the host's, and takes all of
 //! them along when it goes. "The host" of a published port is that namespace: see [`Docker::host`].
 
+use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::process::Signal;
 use serde_json::json;
 
 use crate::containerd::{Containerd, Daemon, end_processes_naming, inside, unmount_below};
@@ -17,7 +19,7 @@ use crate::{Run, Work};
 /// A running Docker daemon; ended, with all its containers, when dropped.
 #[derive(Debug)]
 pub struct Docker {
-    daemon: Daemon,
+    daemon: RefCell<Daemon>,
     containerd: Option<Containerd>,
     netns: Netns,
     dir: PathBuf,
@@ -43,16 +45,13 @@ impl Docker {
         let namespace = Netns(netns.clone());
         Run::new("ip").args(["-n", &netns, "link", "set", "lo", "up"]).text()?;
         let containerd = Containerd::start(&dir.join("c"), Some(&netns))?;
-        let socket = format!("unix://{}/docker.sock", dir.display());
         fs::write(dir.join("daemon.json"), configuration(work, runtimes).to_string())?;
-        let mut command = inside(Some(&netns), "dockerd");
-        command.args(["--host", &socket]).arg("--containerd").arg(&containerd.address);
-        command.arg("--config-file").arg(dir.join("daemon.json"));
-        command.arg("--data-root").arg(dir.join("data")).arg("--exec-root").arg(dir.join("x"));
-        command.arg("--pidfile").arg(dir.join("docker.pid"));
-        let daemon = Daemon::start(command, &dir.join("dockerd.log"))?;
-        let mut docker = Self {
-            daemon,
+        let daemon = Daemon::start(
+            daemon_command(&dir, &netns, &containerd.address),
+            &dir.join("dockerd.log"),
+        )?;
+        let docker = Self {
+            daemon: RefCell::new(daemon),
             containerd: Some(containerd),
             netns: namespace,
             dir,
@@ -63,12 +62,29 @@ impl Docker {
         Ok(docker)
     }
 
-    fn wait_and_load(&mut self, work: &Work) -> Result<()> {
-        let (client, address) = (self.client.clone(), self.address());
-        self.daemon.wait_ready(|| {
-            let version = Run::new(&client).env("DOCKER_HOST", &address).arg("version");
-            version.within(Duration::from_secs(10)).output().is_ok_and(|output| output.code == 0)
-        })?;
+    fn wait(&self) -> Result<()> {
+        let ready = || {
+            let version = self.run(&["version"]).within(Duration::from_secs(10)).output();
+            version.is_ok_and(|output| output.code == 0)
+        };
+        self.daemon.borrow_mut().wait_ready(ready)
+    }
+
+    /// Ends the daemon by a signal, and starts it again; containers live on.
+    ///
+    /// # Errors
+    ///
+    /// When it does not become ready again.
+    pub fn restart(&self, signal: Signal) -> Result<()> {
+        self.daemon.borrow_mut().end(signal)?;
+        let address = self.containerd.as_ref().map(|containerd| containerd.address.clone());
+        let command = daemon_command(&self.dir, &self.netns.0, &address.unwrap_or_default());
+        self.daemon.replace(Daemon::start(command, &self.dir.join("dockerd-again.log"))?);
+        self.wait()
+    }
+
+    fn wait_and_load(&self, work: &Work) -> Result<()> {
+        self.wait()?;
         let line = format!(
             "tar -C '{}' -c . | '{}' import - {IMAGE}",
             work.rootfs().display(),
@@ -76,6 +92,11 @@ impl Docker {
         );
         Run::shell(&line).env("DOCKER_HOST", self.address()).text()?;
         Ok(())
+    }
+
+    /// The daemon's pid.
+    pub fn pid(&self) -> u32 {
+        self.daemon.borrow().pid()
     }
 
     /// What `DOCKER_HOST` must be.
@@ -91,6 +112,14 @@ impl Docker {
     /// The docker client with these arguments.
     pub fn run(&self, args: &[&str]) -> Run {
         Run::new(&self.client).env("DOCKER_HOST", self.address()).args(args)
+    }
+
+    /// The docker client with these arguments, to be started beside the test.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.client);
+        command.env("DOCKER_HOST", self.address()).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
     }
 
     /// A shell line where `docker` is this daemon's client.
@@ -119,7 +148,7 @@ impl Docker {
 
     /// The end of the daemon's log, for messages.
     pub fn last_words(&self) -> String {
-        self.daemon.last_words()
+        self.daemon.borrow().last_words()
     }
 }
 
@@ -127,7 +156,7 @@ impl Drop for Docker {
     fn drop(&mut self) {
         let all = "ids=$(docker ps -aq); [ -z \"$ids\" ] || docker rm -f $ids";
         drop(self.shell(all).within(Duration::from_mins(1)).output());
-        self.daemon.stop();
+        self.daemon.borrow_mut().stop();
         drop(self.containerd.take());
         end_processes_naming(&self.dir);
         // Mounts that a killed daemon left.
@@ -146,6 +175,16 @@ impl Drop for Netns {
     }
 }
 
+fn daemon_command(dir: &Path, netns: &str, containerd: &Path) -> Command {
+    let mut command = inside(Some(netns), "dockerd");
+    command.args(["--host", &format!("unix://{}/docker.sock", dir.display())]);
+    command.arg("--containerd").arg(containerd);
+    command.arg("--config-file").arg(dir.join("daemon.json"));
+    command.arg("--data-root").arg(dir.join("data")).arg("--exec-root").arg(dir.join("x"));
+    command.arg("--pidfile").arg(dir.join("docker.pid"));
+    command
+}
+
 fn configuration(work: &Work, runtimes: &[(&str, &Path)]) -> serde_json::Value {
     // `runc` is reserved: Docker registers it itself.
     let named: serde_json::Map<_, _> = runtimes
@@ -158,6 +197,7 @@ fn configuration(work: &Work, runtimes: &[(&str, &Path)]) -> serde_json::Value {
         "bip": "172.31.250.1/24",
         "cgroup-parent": format!("/{}", work.mark()),
         "storage-driver": storage_driver(work),
+        "live-restore": true,
         "log-level": "warn",
         "shutdown-timeout": 5,
     })

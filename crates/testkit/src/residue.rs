@@ -135,6 +135,8 @@ impl Host {
             }
             let named = NAMES.iter().any(|known| name.starts_with(known));
             let marked = self.ours(&line) || self.ours(&read("cgroup"));
+            // The run's own daemon, which a case may start again.
+            let pid = if name.trim_end() == "dockerd" { "" } else { &pid };
             if marked || (named && !self.shared) {
                 found.insert(format!("{pid} {}", line.chars().take(160).collect::<String>()));
             }

@@ -47,7 +47,7 @@ fn interactive(docker: &Docker) -> Result<()> {
 }
 
 /// Starts the client on a terminal of ours.
-fn on_terminal(docker: &Docker, words: &[&str]) -> Result<Terminal> {
+pub(super) fn on_terminal(docker: &Docker, words: &[&str]) -> Result<Terminal> {
     let client = docker.daemon.client().to_string_lossy().into_owned();
     let words: Vec<_> = [client.as_str()].into_iter().chain(words.iter().copied()).collect();
     Terminal::start(&words, &[("DOCKER_HOST", &docker.daemon.address()), ("TERM", "xterm")])

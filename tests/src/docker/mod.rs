@@ -1,9 +1,11 @@
 //! Docker, with Debian's client and a daemon of our own.
 
+mod daemon;
 mod lifecycle;
 mod limits;
 mod names;
 mod network;
+mod policies;
 mod privileges;
 mod resources;
 mod shared;
@@ -45,6 +47,11 @@ impl Docker {
     /// `docker` with these words.
     pub(crate) fn run(&self, words: &[&str]) -> Run {
         self.daemon.run(words)
+    }
+
+    /// `docker` with these words, to be started beside the test.
+    pub(crate) fn client(&self, words: &[&str]) -> std::process::Command {
+        self.daemon.command(words)
     }
 
     /// `docker run --rm` of a shell line with flags; what it wrote.
@@ -144,6 +151,8 @@ const ALL: &[&[Case<Docker>]] = &[
     privileges::CASES,
     limits::CASES,
     resources::CASES,
+    daemon::CASES,
+    policies::CASES,
 ];
 
 /// Runs the suite.
@@ -154,6 +163,11 @@ pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
 /// Runs Docker in Docker: a suite of its own, since it takes minutes where machines are emulated.
 pub(crate) fn run_nested(bench: &Bench, report: &mut Report) -> Result<()> {
     run_cases(bench, "nested", &[privileges::NESTED], report)
+}
+
+/// Runs what takes long: hundreds of starts.
+pub(crate) fn run_soak(bench: &Bench, report: &mut Report) -> Result<()> {
+    run_cases(bench, "soak", &[policies::SOAK], report)
 }
 
 fn run_cases(
