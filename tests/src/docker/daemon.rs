@@ -76,7 +76,7 @@ fn killed_in(docker: &Docker, words: &[&str], command: &str, id: &str) -> Result
         if let Some(status) = client.try_wait()? {
             return Ok(Some(status));
         }
-        if !killed && let Some(pid) = runtime_process(command, id) {
+        if !killed && let Some(pid) = runtime_process(docker, command, id) {
             // It may have ended meanwhile.
             killed = kill(pid).is_ok();
         }
@@ -85,15 +85,18 @@ fn killed_in(docker: &Docker, words: &[&str], command: &str, id: &str) -> Result
     Ok(status.code().unwrap_or(-1))
 }
 
-/// A process of the runtime's command line that does `command` to a container.
-fn runtime_process(command: &str, id: &str) -> Option<u32> {
+/// A process of the runtime's command line that does `command` to a container of this daemon.
+fn runtime_process(docker: &Docker, command: &str, id: &str) -> Option<u32> {
+    // The daemon's state is in this run's directory, and so the runtime's is.
+    let ours = format!("/{}-", docker.mark);
     let entries = fs::read_dir("/proc").ok()?.flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(|pid: &u32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<_> = line.split(|&byte| byte == 0).collect();
         let has = |word: &str| words.contains(&word.as_bytes());
         // Our own client has none of the runtime's flags.
-        has(command) && has("--log-format") && (id.is_empty() || has(id))
+        let of_ours = String::from_utf8_lossy(&line).contains(&ours);
+        has(command) && has("--log-format") && of_ours && (id.is_empty() || has(id))
     })
 }
 
