@@ -251,9 +251,14 @@ fn pod(podman: &Podman) -> Result<()> {
     same("the kernel", exec(&client, boot)?, exec(&server, boot)?)?;
     podman.run(&["pod", "stop", "-t", "1", &name]).text()?;
     podman.run(&["pod", "rm", "-f", "-t", "0", &name]).text()?;
-    // Podman removes the pod's cgroup from those hierarchies alone that it knows; what is empty there is nobody's fault.
+    remove_empty_cgroup(&format!("{parent}/{id}"))
+}
+
+/// Podman removes the parents of containers' cgroups from those hierarchies alone that it knows; what is empty there is
+/// nobody's fault. One that is not empty stays.
+fn remove_empty_cgroup(path: &str) -> Result<()> {
     for hierarchy in fs::read_dir("/sys/fs/cgroup")?.flatten() {
-        drop(fs::remove_dir(hierarchy.path().join(parent.trim_start_matches('/')).join(&id)));
+        drop(fs::remove_dir(hierarchy.path().join(path.trim_start_matches('/'))));
     }
     Ok(())
 }
@@ -270,5 +275,6 @@ fn conmon_killed(podman: &Podman) -> Result<()> {
         testkit::runtime::reap_orphans();
         Ok((!std::path::Path::new("/proc").join(&pid).exists()).then_some(()))
     })?;
-    container.remove()
+    container.remove()?;
+    remove_empty_cgroup(&podman.cgroup_parent())
 }
