@@ -275,6 +275,9 @@ fn conmon_killed(podman: &Podman) -> Result<()> {
         testkit::runtime::reap_orphans();
         Ok((!std::path::Path::new("/proc").join(&pid).exists()).then_some(()))
     })?;
+    let id = container.id.clone();
     container.remove()?;
+    // Podman does not call the runtime's `delete` for a container whose conmon it finds dead.
+    Run::new(&podman.program).args(["delete", "--force", &id]).text()?;
     remove_empty_cgroup(&podman.cgroup_parent())
 }
