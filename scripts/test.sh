@@ -24,7 +24,7 @@ count() {
     /^test result:/ { for (i = 2; i <= NF; i++) { if ($i ~ /^passed/) p += $(i-1); if ($i ~ /^failed/) f += $(i-1)
                                                   if ($i ~ /^ignored/) s += $(i-1) } }
     /^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$/ { p += $1; f += $3; s += $5 }
-    /SKIPPED: / && !/^(oci|docker|containerd|cri|crash|validation) / { s += 1 }
+    /SKIPPED: / && !/^(oci|docker|podman|containerd|cri|crash|validation) / { s += 1 }
     END { print p + 0, f + 0, s + 0 }' "$1")
   read -r p f s <<<"$sums"
   passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
