@@ -36,12 +36,10 @@ use crate::process::{Prepared, own_mounts};
 use crate::running::{Caller, Running};
 use crate::sandbox::Sandbox as Engine;
 use crate::spec::{Bundle, SharedNamespace};
+use crate::stand_in::new_network;
 use crate::state::{ContainerDir, ContainerId, ContainerRecord, Root, VmDir};
 use crate::status::Operation;
 use crate::stdio::Tokens;
-
-/// The index of `lo`, in every network namespace.
-const LOOPBACK: u32 = 1;
 
 /// A sandbox to be made of the calling process.
 #[derive(Debug)]
@@ -517,9 +515,7 @@ async fn boot_in(
     let netns = if let Some(path) = network_namespace(&bundle.spec) {
         path
     } else {
-        linux::namespace::unshare_network()
-            .and_then(|()| linux::link::bring_up(LOOPBACK))
-            .map_err(Error::host("create", "a network namespace"))?;
+        new_network()?;
         PathBuf::from(format!("/proc/{own}/ns/net"))
     };
     let launch = Launch {

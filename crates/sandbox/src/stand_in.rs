@@ -69,11 +69,16 @@ fn join_namespaces(init: &Init) -> Result<(), Error> {
         Some(path) => {
             linux::namespace::enter(path).map_err(Error::host("enter network namespace", path))?;
         }
-        None => linux::namespace::unshare_network()
-            .and_then(|()| linux::link::bring_up(LOOPBACK))
-            .map_err(Error::host("create", "a network namespace"))?,
+        None => new_network()?,
     }
     linux::namespace::unshare_mounts().map_err(Error::host("create", "a mount namespace"))
+}
+
+/// Gives the calling thread a network namespace of its own, whose `lo` is up.
+pub(crate) fn new_network() -> Result<(), Error> {
+    linux::namespace::unshare_network()
+        .and_then(|()| linux::link::bring_up(LOOPBACK))
+        .map_err(Error::host("create", "a network namespace"))
 }
 
 /// Has the sandbox process run what `order` says, with these streams, tells `caller` once it runs, and answers its exit
