@@ -96,20 +96,27 @@ impl Pods {
     }
 }
 
-/// Says what a pod costs with each runtime.
-pub(crate) fn figures(bench: &Bench, report: &mut Report) -> Result<()> {
+/// A node, and what a case is given for each of the runtimes.
+fn node(bench: &Bench) -> Result<(Rc<Node>, Vec<Pods>)> {
     let kata = bench.runtimes.iter().find(|runtime| runtime.is_kata());
     let shims = kata.map(|runtime| shims(&bench.work, runtime)).transpose()?;
     let config = kata.and_then(|runtime| runtime.config.clone());
     let node = Rc::new(Node::start(&bench.work, "k", shims, config.as_deref())?);
-    for runtime in &bench.runtimes {
-        let pods = Pods {
-            node: Rc::clone(&node),
-            work: Rc::clone(&bench.work),
-            config: config.clone(),
-            handler: if runtime.is_kata() { "kata" } else { "runc" },
-            is_kata: runtime.is_kata(),
-        };
+    let pods = bench.runtimes.iter().map(|runtime| Pods {
+        node: Rc::clone(&node),
+        work: Rc::clone(&bench.work),
+        config: config.clone(),
+        handler: if runtime.is_kata() { "kata" } else { "runc" },
+        is_kata: runtime.is_kata(),
+    });
+    let pods = pods.collect();
+    Ok((node, pods))
+}
+
+/// Says what a pod costs with each runtime.
+pub(crate) fn figures(bench: &Bench, report: &mut Report) -> Result<()> {
+    let (node, all_pods) = node(bench)?;
+    for (runtime, pods) in bench.runtimes.iter().zip(all_pods) {
         figures::measure(&pods, &runtime.name, &bench.host, report)?;
     }
     drop(node);
@@ -134,18 +141,8 @@ pub(crate) fn run(bench: &Bench, report: &mut Report) -> Result<()> {
         return Ok(());
     }
     let before = bench.host.snapshot()?;
-    let kata = bench.runtimes.iter().find(|runtime| runtime.is_kata());
-    let shims = kata.map(|runtime| shims(&bench.work, runtime)).transpose()?;
-    let config = kata.and_then(|runtime| runtime.config.clone());
-    let node = Rc::new(Node::start(&bench.work, "k", shims, config.as_deref())?);
-    for runtime in &bench.runtimes {
-        let pods = Pods {
-            node: Rc::clone(&node),
-            work: Rc::clone(&bench.work),
-            config: config.clone(),
-            handler: if runtime.is_kata() { "kata" } else { "runc" },
-            is_kata: runtime.is_kata(),
-        };
+    let (node, all_pods) = node(bench)?;
+    for (runtime, pods) in bench.runtimes.iter().zip(all_pods) {
         for cases in all {
             bench.cases(SUITE, &runtime.name, &pods, cases, report);
         }
